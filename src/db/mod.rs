@@ -1,0 +1,388 @@
+//! The one SQLite file under `DATA_DIR`: a writer thread with group commit, and a few reader threads.
+//!
+//! Everything durable goes through here: the embedded broker's queues, the registry's clients, and what else must
+//! survive a restart. Jobs that wait while a commit is under way share the next one, so that the cost of an fsync is
+//! split among them. SQLite runs in WAL mode with `synchronous=FULL`: a job that was told `Ok` survives a power cut
+//! (<https://www.sqlite.org/pragma.html#pragma_synchronous>).
+//!
+//! # Invariants
+//! - One connection writes, on one thread, so jobs take effect in the order in which they were submitted.
+//! - A job that fails alone fails alone: the transaction is rolled back and its other jobs are run again.
+//! - A job may be run more than once before it is done, but takes effect at most once.
+
+mod room;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use parking_lot::Mutex;
+use rusqlite::Connection;
+use tokio::sync::oneshot;
+
+use room::Room;
+
+/// Jobs that one transaction takes at most: bounds how long a commit can get.
+const JOBS_PER_COMMIT_MAX: usize = 1024;
+
+/// Jobs that may wait for the writer; a submitter beyond that blocks until there is room again.
+const JOBS_QUEUED_MAX: usize = 16_384;
+
+/// Reader threads. Reads are short (a page of a queue), so two keep a slow one from delaying the rest.
+const READER_THREADS: usize = 2;
+
+/// Bytes in a database page. Larger than SQLite's 4,096: messages of 1 KiB then mostly stay off overflow pages.
+const PAGE_BYTES: u32 = 8192;
+
+/// WAL pages after which a commit checkpoints: 32 MiB. Rarer checkpoints write a hot page once instead of often.
+const CHECKPOINT_PAGES: u32 = 4096;
+
+/// Memory for the page cache of one connection, in KiB.
+const CACHE_KIB: i32 = 8192;
+
+/// Free pages given back to the file system in one step; a step of 1,000 took up to 336 ms, so it is small.
+const VACUUM_PAGES_PER_STEP: u32 = 64;
+
+/// Free pages that are kept for reuse rather than given back: 16 MiB.
+const FREE_PAGES_KEPT: u32 = 2048;
+
+/// What kind of failure a [`DbError`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DbErrorKind {
+    /// No room on the disk. Nothing was written.
+    Full,
+    /// The database was closed.
+    Closed,
+    /// Another process holds the file.
+    Locked,
+    /// Anything else: an I/O error, a broken file, a bug.
+    Internal,
+}
+
+/// A failed read or write: kind and SQLite's own words.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{detail}")]
+pub struct DbError {
+    /// What kind of failure it is.
+    pub kind: DbErrorKind,
+    /// SQLite's message, or what was being done.
+    pub detail: String,
+}
+
+impl DbError {
+    fn closed() -> Self {
+        Self { kind: DbErrorKind::Closed, detail: "the database is closed".into() }
+    }
+}
+
+impl From<rusqlite::Error> for DbError {
+    fn from(error: rusqlite::Error) -> Self {
+        use rusqlite::ErrorCode;
+        let kind = match error.sqlite_error_code() {
+            Some(ErrorCode::DiskFull) => DbErrorKind::Full,
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => DbErrorKind::Locked,
+            _ => DbErrorKind::Internal,
+        };
+        Self { kind, detail: error.to_string() }
+    }
+}
+
+/// One unit of work for the writer.
+pub trait WriteJob: Send {
+    /// Writes, inside a transaction. May be called again after the transaction was rolled back.
+    fn run(&mut self, connection: &Connection) -> rusqlite::Result<()>;
+
+    /// Called once, after the commit (`Ok`: it is durable) or after it failed for good.
+    fn done(self: Box<Self>, result: Result<(), DbError>);
+}
+
+type ReadJob = Box<dyn FnOnce(&Connection) + Send>;
+
+/// The open file. Cheap to clone.
+#[derive(Clone)]
+pub struct Db {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    path: PathBuf,
+    writer: Mutex<Option<mpsc::SyncSender<Box<dyn WriteJob>>>>,
+    readers: Mutex<Option<mpsc::Sender<ReadJob>>>,
+    threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
+    room: Room,
+    // Held for as long as the file is open, so that a second router on the same directory stops at its start.
+    _lock: std::fs::File,
+}
+
+impl Db {
+    /// Opens, or creates, the file at `path`. Does not read what is in it.
+    ///
+    /// # Errors
+    /// [`DbErrorKind::Locked`] when another process has it open; else what SQLite or the file system says.
+    pub fn open(path: &Path) -> Result<Self, DbError> {
+        let io = |error: std::io::Error| DbError {
+            kind: if error.kind() == std::io::ErrorKind::StorageFull {
+                DbErrorKind::Full
+            } else {
+                DbErrorKind::Internal
+            },
+            detail: format!("open {}: {error}", path.display()),
+        };
+        let lock = std::fs::File::create(path.with_extension("lock")).map_err(io)?;
+        lock.try_lock().map_err(|_| DbError {
+            kind: DbErrorKind::Locked,
+            detail: format!("{} is in use by another process", path.display()),
+        })?;
+        let connection = open_connection(path)?;
+        let (writer, jobs) = mpsc::sync_channel(JOBS_QUEUED_MAX);
+        let (readers, reads) = mpsc::channel::<ReadJob>();
+        let db = Self {
+            inner: Arc::new(Inner {
+                path: path.to_owned(),
+                writer: Mutex::new(Some(writer)),
+                readers: Mutex::new(Some(readers)),
+                threads: Mutex::new(Vec::new()),
+                room: Room::new(path),
+                _lock: lock,
+            }),
+        };
+        let mut threads = db.inner.threads.lock();
+        let reads = Arc::new(Mutex::new(reads));
+        for n in 0..READER_THREADS {
+            let connection = open_connection(path)?;
+            connection.pragma_update(None, "query_only", true)?;
+            let reads = Arc::clone(&reads);
+            threads.push(spawn(&format!("db-read-{n}"), move || read_loop(&connection, &reads))?);
+        }
+        threads.push(spawn("db-write", move || write_loop(&connection, &jobs))?);
+        drop(threads);
+        Ok(db)
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// Whether the disk has room for more messages. False a while before the disk is really full, so that what
+    /// frees room (settling, deleting) can still be written.
+    pub fn has_room(&self) -> bool {
+        self.inner.room.is_there()
+    }
+
+    /// Hands a job to the writer. Blocks while [`JOBS_QUEUED_MAX`] jobs wait.
+    pub fn submit(&self, job: Box<dyn WriteJob>) {
+        let sender = self.inner.writer.lock().clone();
+        match sender {
+            Some(sender) => {
+                if let Err(mpsc::SendError(job)) = sender.send(job) {
+                    job.done(Err(DbError::closed()));
+                }
+            }
+            None => job.done(Err(DbError::closed())),
+        }
+    }
+
+    /// Runs `work` in a transaction; resolves when it is durable. Carried out even when the future is dropped.
+    /// `work` may run more than once, and takes effect at most once.
+    ///
+    /// # Errors
+    /// What SQLite says; nothing was written then.
+    pub async fn write<R, F>(&self, work: F) -> Result<R, DbError>
+    where
+        R: Send + 'static,
+        F: FnMut(&Connection) -> rusqlite::Result<R> + Send + 'static,
+    {
+        let (sender, receiver) = oneshot::channel();
+        self.submit(Box::new(Closure { work, value: None, sender }));
+        receiver.await.unwrap_or_else(|_| Err(DbError::closed()))
+    }
+
+    /// Runs `work` on a reader thread, on what is committed now.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub async fn read<R, F>(&self, work: F) -> Result<R, DbError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&Connection) -> rusqlite::Result<R> + Send + 'static,
+    {
+        let (sender, receiver) = oneshot::channel();
+        let job: ReadJob = Box::new(move |connection| {
+            // The asker may have gone; then nobody needs the answer.
+            let _ = sender.send(work(connection).map_err(DbError::from));
+        });
+        let sent = self.inner.readers.lock().as_ref().is_some_and(|readers| readers.send(job).is_ok());
+        if !sent {
+            return Err(DbError::closed());
+        }
+        receiver.await.unwrap_or_else(|_| Err(DbError::closed()))
+    }
+
+    /// Runs what was submitted, closes the file and joins the threads. Later calls fail with
+    /// [`DbErrorKind::Closed`]. Blocks.
+    pub fn close(&self) {
+        self.inner.writer.lock().take();
+        self.inner.readers.lock().take();
+        let threads = std::mem::take(&mut *self.inner.threads.lock());
+        for thread in threads {
+            if thread.join().is_err() {
+                log::error!("a database thread panicked");
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Db {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Db").field("path", &self.inner.path).finish_non_exhaustive()
+    }
+}
+
+struct Closure<R, F> {
+    work: F,
+    value: Option<R>,
+    sender: oneshot::Sender<Result<R, DbError>>,
+}
+
+impl<R: Send, F: FnMut(&Connection) -> rusqlite::Result<R> + Send> WriteJob for Closure<R, F> {
+    fn run(&mut self, connection: &Connection) -> rusqlite::Result<()> {
+        self.value = Some((self.work)(connection)?);
+        Ok(())
+    }
+
+    fn done(self: Box<Self>, result: Result<(), DbError>) {
+        let Self { value, sender, .. } = *self;
+        // The asker may have gone; the work is done all the same.
+        let _ = sender.send(result.and_then(|()| value.ok_or_else(DbError::closed)));
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>, DbError> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(|error| DbError { kind: DbErrorKind::Internal, detail: format!("start thread {name}: {error}") })
+}
+
+fn open_connection(path: &Path) -> Result<Connection, DbError> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(std::time::Duration::from_secs(5))?;
+    // Page size and auto_vacuum must be set before the first table is made.
+    connection.pragma_update(None, "page_size", PAGE_BYTES)?;
+    connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
+    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    connection.pragma_update(None, "temp_store", "MEMORY")?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+fn read_loop(connection: &Connection, jobs: &Mutex<mpsc::Receiver<ReadJob>>) {
+    loop {
+        // The lock is held while waiting: the other readers wait for the lock instead, which comes to the same.
+        let job = jobs.lock().recv();
+        match job {
+            Ok(job) => job(connection),
+            Err(mpsc::RecvError) => return,
+        }
+    }
+}
+
+fn write_loop(connection: &Connection, jobs: &mpsc::Receiver<Box<dyn WriteJob>>) {
+    let mut batch: Vec<Box<dyn WriteJob>> = Vec::new();
+    while let Ok(first) = jobs.recv() {
+        batch.push(first);
+        while batch.len() < JOBS_PER_COMMIT_MAX
+            && let Ok(job) = jobs.try_recv()
+        {
+            batch.push(job);
+        }
+        match transact(connection, &mut batch) {
+            Ok(()) => batch.drain(..).for_each(|job| job.done(Ok(()))),
+            Err(error) if batch.len() == 1 => batch.drain(..).for_each(|job| job.done(Err(error.clone()))),
+            // One of several failed: each on its own, so that only the guilty one fails.
+            Err(_) => {
+                for mut job in batch.drain(..) {
+                    let result = transact(connection, std::slice::from_mut(&mut job));
+                    job.done(result);
+                }
+            }
+        }
+        if let Err(error) = give_back_space(connection) {
+            log::warn!("cannot give free space back to the file system: {error}");
+        }
+    }
+    // Folds the WAL into the file, so that what is left is one file.
+    if let Err(error) = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())) {
+        log::warn!("cannot checkpoint at closing: {error}");
+    }
+}
+
+fn transact(connection: &Connection, jobs: &mut [Box<dyn WriteJob>]) -> Result<(), DbError> {
+    let run = || -> rusqlite::Result<()> {
+        connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
+        for job in jobs {
+            job.run(connection)?;
+        }
+        connection.prepare_cached("COMMIT")?.execute([])?;
+        Ok(())
+    };
+    let result = run();
+    if result.is_err() && !connection.is_autocommit() {
+        // Some errors have rolled back already; then there is nothing to do.
+        if let Err(error) = connection.execute_batch("ROLLBACK") {
+            log::error!("cannot roll back: {error}");
+        }
+    }
+    result.map_err(DbError::from)
+}
+
+/// Returns a few free pages to the file system when there are many. Its cost is spread over commits.
+fn give_back_space(connection: &Connection) -> rusqlite::Result<()> {
+    let free: u32 = connection.prepare_cached("PRAGMA freelist_count")?.query_row([], |row| row.get(0))?;
+    if free > FREE_PAGES_KEPT {
+        let mut statement = connection.prepare(&format!("PRAGMA incremental_vacuum({VACUUM_PAGES_PER_STEP})"))?;
+        let mut rows = statement.query([])?;
+        while rows.next()?.is_some() {}
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open() -> (tempfile::TempDir, Db) {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let db = Db::open(&directory.path().join("test.db")).expect("opens");
+        (directory, db)
+    }
+
+    #[actix_rt::test]
+    async fn a_job_that_fails_fails_alone() {
+        let (_directory, db) = open();
+        db.write(|c| c.execute_batch("CREATE TABLE t (x INTEGER PRIMARY KEY)")).await.expect("creates");
+        let writes = (0..100).map(|n| {
+            let db = db.clone();
+            async move { db.write(move |c| c.execute("INSERT INTO t VALUES (?1)", [n / 2])).await }
+        });
+        let results = futures_util::future::join_all(writes).await;
+        assert_eq!(results.iter().filter(|r| r.is_ok()).count(), 50);
+        let rows: i64 = db.read(|c| c.query_row("SELECT count(*) FROM t", [], |r| r.get(0))).await.expect("reads");
+        assert_eq!(rows, 50);
+    }
+
+    #[actix_rt::test]
+    async fn a_second_opener_is_refused_and_closing_lets_go() {
+        let (directory, db) = open();
+        let path = directory.path().join("test.db");
+        assert_eq!(Db::open(&path).expect_err("locked").kind, DbErrorKind::Locked);
+        db.close();
+        assert_eq!(db.write(|_| Ok(())).await.expect_err("closed").kind, DbErrorKind::Closed);
+        drop(db);
+        Db::open(&path).expect("opens again").close();
+    }
+}

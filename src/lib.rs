@@ -1,0 +1,19 @@
+//! Communications Backbone: a message router between the command-and-control systems of partner organisations.
+pub mod actors;
+pub mod app;
+pub mod broker;
+pub mod cli;
+pub mod client;
+pub mod config;
+pub mod db;
+pub mod directory;
+pub mod envelope;
+pub mod http;
+pub mod limits;
+pub mod secret;
+pub mod store;
+pub mod telemetry;
+pub mod time;
+pub mod token;
+pub mod topic;
+pub mod webhook;

@@ -1,0 +1,1 @@
+//! Tokens: PASETO v4.local.
