@@ -178,7 +178,7 @@ impl Core {
         for (number, lease) in queue.leases {
             self.lease_ends.remove(&(lease.until, id, number));
         }
-        self.after.wakers.extend(queue.waiters);
+        self.after.wakers.extend(queue.waiters.into_iter().map(|(_, waker)| waker));
     }
 
     pub(super) fn depths(&self, client: &ClientId) -> Option<Depths> {
@@ -244,18 +244,33 @@ impl Core {
         self.wake_when_visible(queue_id);
     }
 
-    /// Registers a reader that found nothing to take; it is woken when there may be something.
-    pub(super) fn wait(&mut self, queue_id: u32, waker: &Waker) {
+    /// Registers a reader that found nothing to take, by its number; it is woken when there may be something.
+    pub(super) fn wait(&mut self, queue_id: u32, reader: u64, waker: &Waker) {
         let stalled = self.is_stalled(queue_id);
         let Some(queue) = self.queues.get_mut(&queue_id) else { return };
-        if !queue.waiters.iter().any(|other| other.will_wake(waker)) {
-            queue.waiters.push(waker.clone());
+        match queue.waiters.iter_mut().find(|(number, _)| *number == reader) {
+            Some((_, known)) => known.clone_from(waker),
+            None => queue.waiters.push((reader, waker.clone())),
         }
         if stalled {
             self.stalled.push(queue_id);
         } else if let Some(Slot { body: BodyRef::Hot(_), .. }) = queue.slots.front() {
             // There is something, and it is not durable yet.
             self.wake_when_visible(queue_id);
+        }
+    }
+
+    /// Forgets a reader that waits no longer.
+    pub(super) fn stop_waiting(&mut self, queue_id: u32, reader: u64) {
+        if let Some(queue) = self.queues.get_mut(&queue_id) {
+            queue.waiters.retain(|(number, _)| *number != reader);
+        }
+    }
+
+    /// Wakes everyone who waits for a queue.
+    pub(super) fn wake_readers(&mut self, queue_id: u32) {
+        if let Some(queue) = self.queues.get_mut(&queue_id) {
+            self.after.wakers.extend(queue.waiters.drain(..).map(|(_, waker)| waker));
         }
     }
 
@@ -275,7 +290,7 @@ impl Core {
             _ => 0,
         };
         if accepted_in <= self.durable {
-            self.after.wakers.append(&mut queue.waiters);
+            self.wake_readers(queue_id);
         } else if accepted_in == self.flushing {
             self.flushing_wake.push(queue_id);
         } else {
@@ -675,7 +690,7 @@ impl Core {
     /// Asks for what is missing at the front of a queue, unless it is being read already.
     pub(super) fn want_load(&mut self, queue_id: u32) {
         /// Slots below which a queue that is being read wants a page.
-        const LOW: usize = 1024;
+        const LOW: usize = 2048;
         /// Bodies read back for one load at most.
         const BODIES: usize = 512;
         let Some(queue) = self.queues.get_mut(&queue_id) else { return };
@@ -737,7 +752,7 @@ impl Core {
         queue.injected.retain(|pos| *pos > loaded_to);
         let (id, again) = (load.queue, queue.load_again);
         if found {
-            self.after.wakers.append(&mut queue.waiters);
+            self.wake_readers(id);
         } else if again {
             // What was not committed when the page was read may be by now.
             self.want_load(id);
@@ -805,9 +820,7 @@ impl Core {
         }
         window.next_number = self.next_number;
         for id in std::mem::take(&mut self.stalled) {
-            if let Some(queue) = self.queues.get_mut(&id) {
-                self.after.wakers.append(&mut queue.waiters);
-            }
+            self.wake_readers(id);
         }
         self.flushing = window.number;
         self.flushing_wake = std::mem::take(&mut window.wake);
@@ -825,9 +838,7 @@ impl Core {
             self.dedup.claims.remove(&own.hash);
         }
         for id in std::mem::take(&mut self.flushing_wake) {
-            if let Some(queue) = self.queues.get_mut(&id) {
-                self.after.wakers.append(&mut queue.waiters);
-            }
+            self.wake_readers(id);
         }
         for (id, _) in &window.counts {
             // What was not found on disk before may be there now.
@@ -937,16 +948,11 @@ impl Core {
         std::mem::take(&mut self.after)
     }
 
-    /// Wakes these once the lock is released.
-    pub(super) fn wake_all(&mut self, wakers: Vec<Waker>) {
-        self.after.wakers.extend(wakers);
-    }
-
     /// Wakes everyone who waits for anything: the broker closes.
     pub(super) fn close(&mut self) {
         self.is_closed = true;
         for queue in self.queues.values_mut() {
-            self.after.wakers.append(&mut queue.waiters);
+            self.after.wakers.extend(queue.waiters.drain(..).map(|(_, waker)| waker));
         }
     }
 }

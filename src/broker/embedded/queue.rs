@@ -254,7 +254,8 @@ pub(super) struct QueueState {
     pub(super) is_loading: bool,
     /// Someone asked for a page while one was being read.
     pub(super) load_again: bool,
-    pub(super) waiters: Vec<Waker>,
+    /// Readers that found nothing, by their numbers.
+    pub(super) waiters: Vec<(u64, Waker)>,
     pub(super) max_messages: Option<u64>,
     pub(super) ttl_ms: Option<i64>,
     /// The routing that reached it last: a message lands once, however many patterns match.
