@@ -160,10 +160,10 @@ impl Core {
     pub(super) fn bind(&mut self, inbox: u32, patterns: Vec<crate::topic::Pattern>) {
         let Some(queue) = self.queues.get_mut(&inbox) else { return };
         for old in std::mem::replace(&mut queue.patterns, patterns.clone()) {
-            self.trie.remove(old.as_str(), &inbox);
+            self.trie.remove(&old, &inbox);
         }
         for pattern in patterns {
-            self.trie.insert(pattern.as_str(), inbox);
+            self.trie.insert(&pattern, inbox);
         }
     }
 
@@ -378,7 +378,7 @@ impl Core {
                 self.route += 1;
                 let (route, queues) = (self.route, &mut self.queues);
                 if let Some(topic) = message.as_ref().and_then(|message| message.topic.as_ref()) {
-                    self.trie.for_each_match(topic.as_str(), |inbox| {
+                    self.trie.for_each_match(topic.as_str(), |_, inbox| {
                         // Once, however many of its patterns match.
                         if let Some(queue) = queues.get_mut(&inbox)
                             && queue.last_route != route
