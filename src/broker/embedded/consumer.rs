@@ -40,6 +40,9 @@ impl EmbeddedConsumer {
             let queue = core.by_name.get(&name).copied();
             let queue = queue
                 .ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, format!("consume from queue {name}")))?;
+            if let Some(queue) = core.queues.get_mut(&queue) {
+                queue.consumers += 1;
+            }
             (queue, core.holder_number())
         };
         let source = Source {
@@ -82,7 +85,12 @@ impl EmbeddedConsumer {
 
 impl Drop for EmbeddedConsumer {
     fn drop(&mut self) {
-        self.source.shared.with_core(|core| core.stop_waiting(self.source.queue, self.source.number));
+        self.source.shared.with_core(|core| {
+            core.stop_waiting(self.source.queue, self.source.number);
+            if let Some(queue) = core.queues.get_mut(&self.source.queue) {
+                queue.consumers = queue.consumers.saturating_sub(1);
+            }
+        });
     }
 }
 

@@ -87,6 +87,8 @@ pub(super) struct Core {
     pub(super) is_releasing: bool,
     /// The window in which the last ones were made ready; 0 when none waits to be durable.
     pub(super) released_in: u64,
+    /// Entries of the open window that a pipeline is about to forward: taken now, they would be written in vain.
+    pub(super) in_transit: usize,
     /// Queues whose readers wait for the open window to be taken.
     stalled: Vec<u32>,
     pub(super) is_closed: bool,
@@ -120,6 +122,7 @@ impl Core {
             recent_dues: BinaryHeap::new(),
             is_releasing: false,
             released_in: 0,
+            in_transit: 0,
             stalled: Vec::new(),
             is_closed: false,
             telemetry,
@@ -228,6 +231,9 @@ impl Core {
             due: None,
             with_body: false,
         }));
+        if queue.consumers > 0 && !queue.is_inbox() {
+            self.in_transit += 1;
+        }
         if queue.is_paged() {
             queue.tail += 1;
         } else {
@@ -302,6 +308,9 @@ impl Core {
     fn drop_row(&mut self, queue: u32, slot: &Slot) {
         if slot.window == self.open.number {
             self.open.inserts[slot.index as usize] = None;
+            if self.queues.get(&queue).is_some_and(|queue| queue.consumers > 0 && !queue.is_inbox()) {
+                self.in_transit = self.in_transit.saturating_sub(1);
+            }
         } else {
             self.open.deletes.push(Delete { queue, pos: slot.pos, body: slot.body.id(), fate: BodyFate::Keep });
         }
@@ -819,6 +828,7 @@ impl Core {
             }
         }
         window.next_number = self.next_number;
+        self.in_transit = 0;
         for id in std::mem::take(&mut self.stalled) {
             self.wake_readers(id);
         }
