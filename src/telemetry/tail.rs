@@ -76,7 +76,7 @@ impl Tail {
     /// [`WATCHERS_MAX`] are watching already.
     pub fn watch(self: &Arc<Self>, pattern: &Pattern) -> Option<Watch> {
         let mut trie = Trie::new();
-        trie.insert(pattern.as_str(), ());
+        trie.insert(pattern, ());
         let (sender, events) = mpsc::channel(QUEUED_MAX);
         let watcher = Arc::new(Watcher {
             pattern: trie,
@@ -117,7 +117,7 @@ impl Watcher {
             None => self.everything,
             Some(topic) => {
                 let mut found = false;
-                self.pattern.for_each_match(topic.as_str(), |()| found = true);
+                self.pattern.for_each_match(topic.as_str(), |_, ()| found = true);
                 found
             }
         };
