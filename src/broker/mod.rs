@@ -62,6 +62,8 @@ pub enum Queue {
     Inbox(ClientId),
     /// `soar-publish`: between forwarders and publishers.
     Publish,
+    /// `soar-unrouted`: what no pattern matched, the last of it.
+    Unrouted,
 }
 
 impl fmt::Display for Queue {
@@ -71,6 +73,7 @@ impl fmt::Display for Queue {
             Self::Notify(id) => write!(f, "{id}-notify"),
             Self::Inbox(id) => write!(f, "{id}-inbox"),
             Self::Publish => f.write_str("soar-publish"),
+            Self::Unrouted => f.write_str("soar-unrouted"),
         }
     }
 }
