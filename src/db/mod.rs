@@ -126,7 +126,7 @@ struct Inner {
     threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
     room: Room,
     // Held for as long as the file is open, so that a second router on the same directory stops at its start.
-    _lock: std::fs::File,
+    lock: Mutex<Option<std::fs::File>>,
 }
 
 impl Db {
@@ -160,7 +160,7 @@ impl Db {
                 readers: Mutex::new(Some(readers)),
                 threads: Mutex::new(Vec::new()),
                 room: Room::new(path),
-                _lock: lock,
+                lock: Mutex::new(Some(lock)),
             }),
         };
         let mut threads = db.inner.threads.lock();
@@ -280,6 +280,7 @@ impl Db {
                 log::error!("a database thread panicked");
             }
         }
+        self.inner.lock.lock().take();
     }
 }
 

@@ -12,6 +12,10 @@ use crate::db::{DbError, DbErrorKind, StandingJob, WriteJob};
 /// How long to wait after a failed commit before the next, in milliseconds.
 const RETRY_MS: u64 = 100;
 
+/// How long a commit waits for pipelines at most, and between two looks, in microseconds. A hop takes some ten.
+const TRANSIT_US_MAX: u64 = 400;
+const TRANSIT_STEP_US: u64 = 20;
+
 /// The window that is being written.
 struct Flush {
     shared: Arc<Shared>,
@@ -29,8 +33,17 @@ impl StandingJob for Committer {
         if shared.retry_at.lock().is_some_and(|at| Instant::now() < at) {
             return None;
         }
+        let_pipelines_run(&shared);
         let window = shared.with_core(super::core::Core::take_window)?;
         Some(Box::new(Flush { shared, window }))
+    }
+}
+
+/// Waits, shortly, until the pipelines have forwarded what was accepted: then only where it ended up is written.
+fn let_pipelines_run(shared: &Shared) {
+    let until = Instant::now() + Duration::from_micros(TRANSIT_US_MAX);
+    while shared.core.lock().in_transit > 0 && Instant::now() < until {
+        std::thread::sleep(Duration::from_micros(TRANSIT_STEP_US));
     }
 }
 

@@ -27,6 +27,7 @@ struct Source {
     shared: Arc<Shared>,
     queue: u32,
     name: Queue,
+    number: u64,
     holder: Holder,
     prefetch: AtomicU32,
     unsettled: AtomicU32,
@@ -39,12 +40,16 @@ impl EmbeddedConsumer {
             let queue = core.by_name.get(&name).copied();
             let queue = queue
                 .ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, format!("consume from queue {name}")))?;
+            if let Some(queue) = core.queues.get_mut(&queue) {
+                queue.consumers += 1;
+            }
             (queue, core.holder_number())
         };
         let source = Source {
             shared,
             queue,
             name,
+            number,
             holder: Holder::Consumer(number),
             prefetch: AtomicU32::new(prefetch),
             unsettled: AtomicU32::new(0),
@@ -78,6 +83,17 @@ impl EmbeddedConsumer {
     }
 }
 
+impl Drop for EmbeddedConsumer {
+    fn drop(&mut self) {
+        self.source.shared.with_core(|core| {
+            core.stop_waiting(self.source.queue, self.source.number);
+            if let Some(queue) = core.queues.get_mut(&self.source.queue) {
+                queue.consumers = queue.consumers.saturating_sub(1);
+            }
+        });
+    }
+}
+
 #[async_trait]
 impl Consume for EmbeddedConsumer {
     async fn next(&mut self, max: usize) -> Option<Vec<Delivery>> {
@@ -89,7 +105,7 @@ impl Consume for EmbeddedConsumer {
                 }
                 let taken = self.take(core, max);
                 if taken.is_empty() {
-                    core.wait(source.queue, context.waker());
+                    core.wait(source.queue, source.number, context.waker());
                     return Poll::Pending;
                 }
                 Poll::Ready(Some(taken))
@@ -112,12 +128,7 @@ impl Consume for EmbeddedConsumer {
 impl Source {
     /// Lets the consumer look again: it has credit that it did not have.
     fn wake(&self) {
-        self.shared.with_core(|core| {
-            if let Some(queue) = core.queues.get_mut(&self.queue) {
-                let waiters = std::mem::take(&mut queue.waiters);
-                core.wake_all(waiters);
-            }
-        });
+        self.shared.with_core(|core| core.wake_readers(self.queue));
     }
 
     /// Counts a delivery as settled; true when the consumer had no credit before.
@@ -173,11 +184,8 @@ impl Settle for Source {
             for (pos, outcome) in &outcomes {
                 self.apply(core, *pos, outcome, now_ms);
             }
-            if self.regain_credit(u32::try_from(outcomes.len()).unwrap_or(u32::MAX))
-                && let Some(queue) = core.queues.get_mut(&self.queue)
-            {
-                let waiters = std::mem::take(&mut queue.waiters);
-                core.wake_all(waiters);
+            if self.regain_credit(u32::try_from(outcomes.len()).unwrap_or(u32::MAX)) {
+                core.wake_readers(self.queue);
             }
         });
         self.trace(&outcomes);
@@ -187,11 +195,8 @@ impl Settle for Source {
     fn give_back(&self, tag: u64) {
         self.shared.with_core(|core| {
             core.give_back(self.queue, tag, self.holder);
-            if self.regain_credit(1)
-                && let Some(queue) = core.queues.get_mut(&self.queue)
-            {
-                let waiters = std::mem::take(&mut queue.waiters);
-                core.wake_all(waiters);
+            if self.regain_credit(1) {
+                core.wake_readers(self.queue);
             }
         });
     }

@@ -87,6 +87,8 @@ pub(super) struct Core {
     pub(super) is_releasing: bool,
     /// The window in which the last ones were made ready; 0 when none waits to be durable.
     pub(super) released_in: u64,
+    /// Entries of the open window that a pipeline is about to forward: taken now, they would be written in vain.
+    pub(super) in_transit: usize,
     /// Queues whose readers wait for the open window to be taken.
     stalled: Vec<u32>,
     pub(super) is_closed: bool,
@@ -120,6 +122,7 @@ impl Core {
             recent_dues: BinaryHeap::new(),
             is_releasing: false,
             released_in: 0,
+            in_transit: 0,
             stalled: Vec::new(),
             is_closed: false,
             telemetry,
@@ -178,7 +181,7 @@ impl Core {
         for (number, lease) in queue.leases {
             self.lease_ends.remove(&(lease.until, id, number));
         }
-        self.after.wakers.extend(queue.waiters);
+        self.after.wakers.extend(queue.waiters.into_iter().map(|(_, waker)| waker));
     }
 
     pub(super) fn depths(&self, client: &ClientId) -> Option<Depths> {
@@ -228,6 +231,9 @@ impl Core {
             due: None,
             with_body: false,
         }));
+        if queue.consumers > 0 && !queue.is_inbox() {
+            self.in_transit += 1;
+        }
         if queue.is_paged() {
             queue.tail += 1;
         } else {
@@ -244,18 +250,33 @@ impl Core {
         self.wake_when_visible(queue_id);
     }
 
-    /// Registers a reader that found nothing to take; it is woken when there may be something.
-    pub(super) fn wait(&mut self, queue_id: u32, waker: &Waker) {
+    /// Registers a reader that found nothing to take, by its number; it is woken when there may be something.
+    pub(super) fn wait(&mut self, queue_id: u32, reader: u64, waker: &Waker) {
         let stalled = self.is_stalled(queue_id);
         let Some(queue) = self.queues.get_mut(&queue_id) else { return };
-        if !queue.waiters.iter().any(|other| other.will_wake(waker)) {
-            queue.waiters.push(waker.clone());
+        match queue.waiters.iter_mut().find(|(number, _)| *number == reader) {
+            Some((_, known)) => known.clone_from(waker),
+            None => queue.waiters.push((reader, waker.clone())),
         }
         if stalled {
             self.stalled.push(queue_id);
         } else if let Some(Slot { body: BodyRef::Hot(_), .. }) = queue.slots.front() {
             // There is something, and it is not durable yet.
             self.wake_when_visible(queue_id);
+        }
+    }
+
+    /// Forgets a reader that waits no longer.
+    pub(super) fn stop_waiting(&mut self, queue_id: u32, reader: u64) {
+        if let Some(queue) = self.queues.get_mut(&queue_id) {
+            queue.waiters.retain(|(number, _)| *number != reader);
+        }
+    }
+
+    /// Wakes everyone who waits for a queue.
+    pub(super) fn wake_readers(&mut self, queue_id: u32) {
+        if let Some(queue) = self.queues.get_mut(&queue_id) {
+            self.after.wakers.extend(queue.waiters.drain(..).map(|(_, waker)| waker));
         }
     }
 
@@ -275,7 +296,7 @@ impl Core {
             _ => 0,
         };
         if accepted_in <= self.durable {
-            self.after.wakers.append(&mut queue.waiters);
+            self.wake_readers(queue_id);
         } else if accepted_in == self.flushing {
             self.flushing_wake.push(queue_id);
         } else {
@@ -287,6 +308,9 @@ impl Core {
     fn drop_row(&mut self, queue: u32, slot: &Slot) {
         if slot.window == self.open.number {
             self.open.inserts[slot.index as usize] = None;
+            if self.queues.get(&queue).is_some_and(|queue| queue.consumers > 0 && !queue.is_inbox()) {
+                self.in_transit = self.in_transit.saturating_sub(1);
+            }
         } else {
             self.open.deletes.push(Delete { queue, pos: slot.pos, body: slot.body.id(), fate: BodyFate::Keep });
         }
@@ -675,7 +699,7 @@ impl Core {
     /// Asks for what is missing at the front of a queue, unless it is being read already.
     pub(super) fn want_load(&mut self, queue_id: u32) {
         /// Slots below which a queue that is being read wants a page.
-        const LOW: usize = 1024;
+        const LOW: usize = 2048;
         /// Bodies read back for one load at most.
         const BODIES: usize = 512;
         let Some(queue) = self.queues.get_mut(&queue_id) else { return };
@@ -737,7 +761,7 @@ impl Core {
         queue.injected.retain(|pos| *pos > loaded_to);
         let (id, again) = (load.queue, queue.load_again);
         if found {
-            self.after.wakers.append(&mut queue.waiters);
+            self.wake_readers(id);
         } else if again {
             // What was not committed when the page was read may be by now.
             self.want_load(id);
@@ -804,10 +828,9 @@ impl Core {
             }
         }
         window.next_number = self.next_number;
+        self.in_transit = 0;
         for id in std::mem::take(&mut self.stalled) {
-            if let Some(queue) = self.queues.get_mut(&id) {
-                self.after.wakers.append(&mut queue.waiters);
-            }
+            self.wake_readers(id);
         }
         self.flushing = window.number;
         self.flushing_wake = std::mem::take(&mut window.wake);
@@ -825,9 +848,7 @@ impl Core {
             self.dedup.claims.remove(&own.hash);
         }
         for id in std::mem::take(&mut self.flushing_wake) {
-            if let Some(queue) = self.queues.get_mut(&id) {
-                self.after.wakers.append(&mut queue.waiters);
-            }
+            self.wake_readers(id);
         }
         for (id, _) in &window.counts {
             // What was not found on disk before may be there now.
@@ -937,16 +958,11 @@ impl Core {
         std::mem::take(&mut self.after)
     }
 
-    /// Wakes these once the lock is released.
-    pub(super) fn wake_all(&mut self, wakers: Vec<Waker>) {
-        self.after.wakers.extend(wakers);
-    }
-
     /// Wakes everyone who waits for anything: the broker closes.
     pub(super) fn close(&mut self) {
         self.is_closed = true;
         for queue in self.queues.values_mut() {
-            self.after.wakers.append(&mut queue.waiters);
+            self.after.wakers.extend(queue.waiters.drain(..).map(|(_, waker)| waker));
         }
     }
 }

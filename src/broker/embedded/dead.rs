@@ -12,6 +12,9 @@ use crate::time::Timestamp;
 /// Dead letters replayed or purged in one step: bounds the memory of a step and the length of its commit.
 const STEP: usize = 1000;
 
+/// Bytes of messages on one page, about.
+const PAGE_BYTES_MAX: usize = 16 << 20;
+
 /// A dead letter's id: its position, in hexadecimal of fixed width, so that it sorts as it was written.
 fn id_of(pos: u64) -> String {
     format!("{pos:016x}")
@@ -55,9 +58,7 @@ impl Shared {
         self.barrier(action).await?;
         let after = after.and_then(pos_of).unwrap_or(0);
         let read = move |connection: &Connection| page(connection, inbox, after, limit);
-        let mut dead_letters = self.db.read(read).await.map_err(|error| broker_error(action, &error))?;
-        let more = dead_letters.len() > limit;
-        dead_letters.truncate(limit);
+        let (dead_letters, more) = self.db.read(read).await.map_err(|error| broker_error(action, &error))?;
         let next = if more { dead_letters.last().map(|dead| dead.id.clone()) } else { None };
         Ok(DeadPage { dead_letters, next })
     }
@@ -133,23 +134,28 @@ impl Shared {
     }
 }
 
-/// One more than `limit`, to see whether there is a next page.
-fn page(connection: &Connection, inbox: u32, after: u64, limit: usize) -> rusqlite::Result<Vec<DeadLetter>> {
-    connection
-        .prepare_cached(schema::DEAD_PAGE)?
-        .query_map((inbox, after, limit + 1), |row| {
-            let head: Vec<u8> = row.get(6)?;
-            let reason: String = row.get(3)?;
-            Ok(DeadLetter {
-                id: id_of(row.get(0)?),
-                origin: schema::origin_from_code(row.get(2)?),
-                reason: DeadReason::from_name(&reason).unwrap_or(DeadReason::Rejected),
-                attempts: row.get(4)?,
-                died_at: Timestamp::from_millis(row.get(5)?),
-                payload: schema::decode_payload(&head, row.get(7)?)?,
-            })
-        })?
-        .collect()
+/// Up to `limit` dead letters, fewer when they are large, and whether there are more.
+fn page(connection: &Connection, inbox: u32, after: u64, limit: usize) -> rusqlite::Result<(Vec<DeadLetter>, bool)> {
+    let mut select = connection.prepare_cached(schema::DEAD_PAGE)?;
+    let mut rows = select.query((inbox, after, limit + 1))?;
+    let (mut page, mut bytes) = (Vec::new(), 0);
+    while let Some(row) = rows.next()? {
+        if page.len() == limit || bytes > PAGE_BYTES_MAX {
+            return Ok((page, true));
+        }
+        let (head, reason): (Vec<u8>, String) = (row.get(6)?, row.get(3)?);
+        let data: Vec<u8> = row.get(7)?;
+        bytes += data.len();
+        page.push(DeadLetter {
+            id: id_of(row.get(0)?),
+            origin: schema::origin_from_code(row.get(2)?),
+            reason: DeadReason::from_name(&reason).unwrap_or(DeadReason::Rejected),
+            attempts: row.get(4)?,
+            died_at: Timestamp::from_millis(row.get(5)?),
+            payload: schema::decode_payload(&head, data)?,
+        });
+    }
+    Ok((page, false))
 }
 
 fn oldest(connection: &Connection, inbox: u32, before: i64) -> rusqlite::Result<Vec<Row>> {

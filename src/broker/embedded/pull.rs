@@ -32,6 +32,19 @@ fn no_inbox(client: &ClientId) -> BrokerError {
     BrokerError::new(BrokerErrorKind::NotFound, format!("pull from queue {client}-inbox"))
 }
 
+/// A pull that may be waiting: it is forgotten when it ends, however it ends.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    inbox: u32,
+    reader: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.shared.with_core(|core| core.stop_waiting(self.inbox, self.reader));
+    }
+}
+
 /// What a pull took under the lock.
 struct Taken {
     slots: Vec<Slot>,
@@ -66,7 +79,11 @@ pub(super) async fn pull(
     wait: Duration,
     mode: PullMode,
 ) -> Result<Vec<Pulled>, BrokerError> {
-    let inbox = shared.core.lock().client(client).ok_or_else(|| no_inbox(client))?.inbox;
+    let (inbox, reader) = {
+        let mut core = shared.core.lock();
+        (core.client(client).ok_or_else(|| no_inbox(client))?.inbox, core.holder_number())
+    };
+    let _waiting = Waiting { shared, inbox, reader };
     let try_take = |waker: Option<&std::task::Waker>| {
         shared.with_core(|core| {
             if core.is_closed {
@@ -79,7 +96,7 @@ pub(super) async fn pull(
             if taken.is_none()
                 && let Some(waker) = waker
             {
-                core.wait(inbox, waker);
+                core.wait(inbox, reader, waker);
             }
             taken.map(Ok)
         })

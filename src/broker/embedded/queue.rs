@@ -254,7 +254,10 @@ pub(super) struct QueueState {
     pub(super) is_loading: bool,
     /// Someone asked for a page while one was being read.
     pub(super) load_again: bool,
-    pub(super) waiters: Vec<Waker>,
+    /// Readers that found nothing, by their numbers.
+    pub(super) waiters: Vec<(u64, Waker)>,
+    /// Standing consumers that it has.
+    pub(super) consumers: u32,
     pub(super) max_messages: Option<u64>,
     pub(super) ttl_ms: Option<i64>,
     /// The routing that reached it last: a message lands once, however many patterns match.
@@ -280,6 +283,7 @@ impl QueueState {
             is_loading: false,
             load_again: false,
             waiters: Vec::new(),
+            consumers: 0,
             max_messages: None,
             ttl_ms: None,
             last_route: 0,
