@@ -205,6 +205,14 @@ impl Core {
         Some(Depths { outbox: depth(queues.outbox), notify: depth(queues.notify), inbox: depth(queues.inbox), dead })
     }
 
+    /// When the oldest message that is in memory came into the queue, in milliseconds. Positions only grow, so what
+    /// waits at the front is the oldest that waits; a long queue's front is in memory.
+    pub(super) fn oldest(&self, queue: &Queue) -> Option<i64> {
+        let queue = self.queues.get(self.by_name.get(queue)?)?;
+        let handed_out = queue.in_flight.values().map(|entry| entry.slot.at).min();
+        handed_out.into_iter().chain(queue.slots.front().map(|slot| slot.at)).min()
+    }
+
     // ---- numbers
 
     fn number(&mut self) -> u64 {
