@@ -1,8 +1,15 @@
 //! Configuration: the only reader of the environment (contract, section 8).
+//!
+//! [`Config::from_env`] reads every variable, then judges them all, so that one start reports every wrong value. An empty
+//! variable counts as not set: `.env` files and Compose write `NAME=` for that.
+
+mod parse;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
+
+pub use parse::{ConfigError, ConfigErrors, admin_token_path};
 
 /// Everything that can be configured, validated. Made by `Config::from_env`, or by hand in tests.
 #[derive(Debug, Clone)]
@@ -43,6 +50,10 @@ pub struct Config {
     pub attempt_retention: Duration,
     /// `SOAR_SHUTDOWN_TIMEOUT`, given in seconds.
     pub shutdown_timeout: Duration,
+    /// `RUST_LOG`: env_logger's filter.
+    pub log_filter: String,
+    /// What was odd but not wrong in the environment, to be logged once there is a log.
+    pub warnings: Vec<String>,
 }
 
 /// Which broker.
@@ -95,6 +106,8 @@ impl Default for Config {
             webhook_ca: None,
             attempt_retention: Duration::from_secs(7 * 86_400),
             shutdown_timeout: Duration::from_secs(30),
+            log_filter: "info".into(),
+            warnings: Vec::new(),
         }
     }
 }

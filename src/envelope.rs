@@ -141,38 +141,36 @@ impl Message {
         }
     }
 
-    /// Encodes for storage: a short header, then the envelope. Read back by [`Message::decode`].
-    pub fn encode(&self) -> Vec<u8> {
+    /// Encodes everything but the envelope, for storage beside it. Read back by [`Message::decode`].
+    pub fn encode_head(&self) -> Vec<u8> {
         let topic = self.topic.as_ref().map_or("", Topic::as_str);
         let trace = self.traceparent.as_deref().unwrap_or("");
-        let mut out = Vec::with_capacity(
-            14 + self.id.as_str().len() + self.sender.as_str().len() + topic.len() + trace.len() + self.envelope.len(),
-        );
+        let parts = [self.id.as_str(), self.sender.as_str(), topic, trace];
+        let mut out = Vec::with_capacity(10 + parts.iter().map(|part| part.len() + 1).sum::<usize>());
         out.push(ENCODING_VERSION);
         out.push(u8::from(self.own_id) | u8::from(self.topic.is_none()) << 1);
         out.put_i64_le(self.sent_at.as_millis());
-        for part in [self.id.as_str(), self.sender.as_str(), topic, trace] {
+        for part in parts {
             out.push(u8::try_from(part.len()).expect("ids, topics and trace contexts are at most 255 bytes"));
             out.extend_from_slice(part.as_bytes());
         }
-        out.extend_from_slice(&self.envelope);
         out
     }
 
-    /// Decodes what [`Message::encode`] wrote.
+    /// Decodes what [`Message::encode_head`] wrote, with the envelope that it was stored beside.
     ///
     /// # Errors
-    /// [`DecodeError`] when the bytes are of another version or cut off.
-    pub fn decode(bytes: Bytes) -> Result<Self, DecodeError> {
+    /// [`DecodeError`] when the head is of another version or cut off.
+    pub fn decode(head: &[u8], envelope: Bytes) -> Result<Self, DecodeError> {
         let mut at = 10;
-        if bytes.len() < at || bytes[0] != ENCODING_VERSION {
+        if head.len() < at || head[0] != ENCODING_VERSION {
             return Err(DecodeError);
         }
-        let flags = bytes[1];
-        let millis = i64::from_le_bytes(bytes[2..10].try_into().map_err(|_| DecodeError)?);
+        let flags = head[1];
+        let millis = i64::from_le_bytes(head[2..10].try_into().map_err(|_| DecodeError)?);
         let mut part = || -> Result<&str, DecodeError> {
-            let len = usize::from(*bytes.get(at).ok_or(DecodeError)?);
-            let text = bytes.get(at + 1..at + 1 + len).ok_or(DecodeError)?;
+            let len = usize::from(*head.get(at).ok_or(DecodeError)?);
+            let text = head.get(at + 1..at + 1 + len).ok_or(DecodeError)?;
             at += 1 + len;
             std::str::from_utf8(text).map_err(|_| DecodeError)
         };
@@ -180,14 +178,21 @@ impl Message {
         Ok(Self {
             id: MessageId(id.into()),
             own_id: flags & 1 != 0,
-            sender: ClientId::parse(sender).or_else(|_| {
-                if sender == crate::client::BACKBONE_SENDER { Ok(ClientId::backbone()) } else { Err(DecodeError) }
-            })?,
+            sender: match sender {
+                crate::client::BACKBONE_SENDER => ClientId::backbone(),
+                client => ClientId::parse(client).map_err(|_| DecodeError)?,
+            },
             topic: if flags & 2 != 0 { None } else { Some(Topic::parse(topic).map_err(|_| DecodeError)?) },
             sent_at: Timestamp::from_millis(millis),
             traceparent: if trace.is_empty() { None } else { Some(trace.into()) },
-            envelope: bytes.slice(at..),
+            envelope,
         })
+    }
+
+    /// Who sent what and when, without the content: a few words of memory however large the message is.
+    #[must_use]
+    pub fn without_envelope(&self) -> Self {
+        Self { envelope: Bytes::new(), ..self.clone() }
     }
 
     /// Memory that it holds, about, in bytes.
@@ -196,7 +201,7 @@ impl Message {
     }
 }
 
-/// First byte of an encoded message.
+/// First byte of an encoded head.
 const ENCODING_VERSION: u8 = 1;
 
 /// The bytes are not an encoded message.
@@ -282,10 +287,10 @@ mod tests {
     #[test]
     fn what_is_encoded_is_decoded() {
         for message in [message(None, None, "null"), message(Some("x"), Some("a.b"), "[1, 2]")] {
-            assert_eq!(Message::decode(message.encode().into()), Ok(message));
+            assert_eq!(Message::decode(&message.encode_head(), message.envelope.clone()), Ok(message));
         }
-        assert_eq!(Message::decode(Bytes::from_static(b"\x01\x00")), Err(DecodeError));
-        assert_eq!(Message::decode(Bytes::from_static(b"\x02\x00aaaaaaaaaaaaaaaa")), Err(DecodeError));
+        assert_eq!(Message::decode(b"\x01\x00", Bytes::new()), Err(DecodeError));
+        assert_eq!(Message::decode(b"\x02\x00aaaaaaaaaaaaaaaa", Bytes::new()), Err(DecodeError));
     }
 
     #[test]

@@ -1,4 +1,11 @@
-//! Client secrets: made, hashed, compared. Shown once; only hashes are kept (promise 9).
+//! Secrets: made, hashed, compared, and kept in files that only the owner reads (promise 9).
+//!
+//! A client's own secret is shown once, and only its hash is kept. A webhook secret signs, so it must be kept itself;
+//! the store encrypts it.
+
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -45,7 +52,8 @@ impl SecretHash {
         Self([0; 32])
     }
 
-    fn matches(&self, other: &Self) -> bool {
+    /// Whether both are hashes of one secret; compared in constant time.
+    pub fn matches(&self, other: &Self) -> bool {
         self.0.ct_eq(&other.0).into()
     }
 }
@@ -95,6 +103,104 @@ impl SecretSlots {
     }
 }
 
+/// First characters of a webhook secret (Standard Webhooks).
+const WEBHOOK_SECRET_PREFIX: &str = "whsec_";
+
+/// The secrets that sign a client's webhooks: the current one and, during a rotation's overlap, the one before. Each is
+/// `whsec_` and base64 of 32 random bytes.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WebhookSecrets {
+    current: String,
+    /// The one before, and until when in milliseconds since the epoch.
+    previous: Option<(String, i64)>,
+}
+
+impl WebhookSecrets {
+    /// Fresh ones.
+    pub fn generate() -> Self {
+        Self { current: generate_webhook_secret(), previous: None }
+    }
+
+    /// The current secret, to be shown once.
+    pub fn current(&self) -> &str {
+        &self.current
+    }
+
+    /// A new current secret; the one before signs as well until `previous_valid_until`.
+    #[must_use]
+    pub fn rotated(&self, previous_valid_until: Timestamp) -> Self {
+        Self {
+            current: generate_webhook_secret(),
+            previous: Some((self.current.clone(), previous_valid_until.as_millis())),
+        }
+    }
+
+    /// The secrets that sign at `now`, newest first.
+    pub fn valid_at(&self, now: Timestamp) -> impl Iterator<Item = &str> {
+        let previous = self.previous.as_ref().filter(|(_, until)| now.as_millis() < *until);
+        std::iter::once(self.current.as_str()).chain(previous.map(|(secret, _)| secret.as_str()))
+    }
+}
+
+impl std::fmt::Debug for WebhookSecrets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("WebhookSecrets(…)")
+    }
+}
+
+fn generate_webhook_secret() -> String {
+    use base64::Engine as _;
+    let bytes: [u8; 32] = rand::random();
+    format!("{WEBHOOK_SECRET_PREFIX}{}", base64::engine::general_purpose::STANDARD.encode(bytes))
+}
+
+/// Reads the secret in the file at `path`; makes one with `generate` and puts it there when there is no such file. Only
+/// the owner can read the file, from its first byte on; a file that others could read is taken from them, with a
+/// warning in the log.
+///
+/// # Errors
+/// When the file can be neither read nor made, or is empty.
+pub fn read_or_create(path: &Path, generate: impl FnOnce() -> String) -> std::io::Result<String> {
+    match std::fs::File::open(path) {
+        Ok(mut file) => {
+            let mode = file.metadata()?.permissions().mode();
+            if mode & 0o077 != 0 {
+                log::warn!("{} could be read by others (mode {:o}): now it cannot", path.display(), mode & 0o777);
+                file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+            }
+            let mut text = String::new();
+            std::io::Read::take(&mut file, 4096).read_to_string(&mut text)?;
+            match text.trim() {
+                "" => Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "the file is empty")),
+                secret => Ok(secret.to_owned()),
+            }
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let secret = generate();
+            create(path, &secret)?;
+            Ok(secret)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Written beside and renamed, so that a crash leaves either no file or a whole one.
+fn create(path: &Path, secret: &str) -> std::io::Result<()> {
+    let beside = path.with_extension("new");
+    match std::fs::remove_file(&beside) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // O_EXCL: nobody can have put a file or a link there for us to write into.
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+    file.write_all(secret.as_bytes())?;
+    file.write_all(b"\n")?;
+    file.sync_all()?;
+    std::fs::rename(&beside, path)?;
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::File::open(directory)?.sync_all()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,5 +221,32 @@ mod tests {
         let secret = Secret::generate();
         let shown = format!("{secret:?} {:?}", SecretSlots::new(&secret));
         assert!(!shown.contains(secret.reveal()));
+    }
+
+    #[test]
+    fn both_webhook_secrets_sign_during_the_overlap() {
+        let old = WebhookSecrets::generate();
+        let new = old.rotated(Timestamp::from_millis(1000));
+        assert!(new.current().starts_with("whsec_") && new.current().len() == 6 + 44, "{}", new.current());
+        let at = |millis| new.valid_at(Timestamp::from_millis(millis)).collect::<Vec<_>>();
+        assert_eq!(at(999), [new.current(), old.current()]);
+        assert_eq!(at(1000), [new.current()]);
+        assert!(!format!("{new:?}").contains(new.current()));
+    }
+
+    #[test]
+    fn a_secret_file_is_made_once_and_only_the_owner_reads_it() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("admin-token");
+        assert_eq!(read_or_create(&path, || "first".into()).expect("makes it"), "first");
+        assert_eq!(read_or_create(&path, || "second".into()).expect("reads it"), "first");
+        let mode = || std::fs::metadata(&path).expect("there").permissions().mode() & 0o777;
+        assert_eq!(mode(), 0o600);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).expect("is ours");
+        assert_eq!(read_or_create(&path, || "third".into()).expect("reads it"), "first");
+        assert_eq!(mode(), 0o600);
+        std::fs::write(&path, " \n").expect("writes");
+        assert!(read_or_create(&path, || "fourth".into()).is_err());
+        assert_eq!(std::fs::read_dir(directory.path()).expect("lists").count(), 1);
     }
 }

@@ -13,10 +13,10 @@
 mod room;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc;
+use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rusqlite::Connection;
 use tokio::sync::oneshot;
 
@@ -96,6 +96,20 @@ pub trait WriteJob: Send {
     fn done(self: Box<Self>, result: Result<(), DbError>);
 }
 
+/// Who has something to write whenever a transaction begins: the embedded broker's commit window.
+pub trait StandingJob: Send + Sync {
+    /// What there is to write now. Called when the jobs of a transaction are known, and run before them; so what a
+    /// job's submitter did before it submitted is written before the job runs. `None` when there is nothing.
+    fn begin(&self) -> Option<Box<dyn WriteJob>>;
+}
+
+/// What reaches the writer.
+enum ToWriter {
+    Job(Box<dyn WriteJob>),
+    /// The standing job has something to write.
+    Nudge,
+}
+
 type ReadJob = Box<dyn FnOnce(&Connection) + Send>;
 
 /// The open file. Cheap to clone.
@@ -106,12 +120,13 @@ pub struct Db {
 
 struct Inner {
     path: PathBuf,
-    writer: Mutex<Option<mpsc::SyncSender<Box<dyn WriteJob>>>>,
+    writer: RwLock<Option<mpsc::SyncSender<ToWriter>>>,
+    standing: Arc<OnceLock<Arc<dyn StandingJob>>>,
     readers: Mutex<Option<mpsc::Sender<ReadJob>>>,
     threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
     room: Room,
     // Held for as long as the file is open, so that a second router on the same directory stops at its start.
-    _lock: std::fs::File,
+    lock: Mutex<Option<std::fs::File>>,
 }
 
 impl Db {
@@ -134,16 +149,18 @@ impl Db {
             detail: format!("{} is in use by another process", path.display()),
         })?;
         let connection = open_connection(path)?;
+        let standing = Arc::new(OnceLock::<Arc<dyn StandingJob>>::new());
         let (writer, jobs) = mpsc::sync_channel(JOBS_QUEUED_MAX);
         let (readers, reads) = mpsc::channel::<ReadJob>();
         let db = Self {
             inner: Arc::new(Inner {
                 path: path.to_owned(),
-                writer: Mutex::new(Some(writer)),
+                writer: RwLock::new(Some(writer)),
+                standing: Arc::clone(&standing),
                 readers: Mutex::new(Some(readers)),
                 threads: Mutex::new(Vec::new()),
                 room: Room::new(path),
-                _lock: lock,
+                lock: Mutex::new(Some(lock)),
             }),
         };
         let mut threads = db.inner.threads.lock();
@@ -154,7 +171,7 @@ impl Db {
             let reads = Arc::clone(&reads);
             threads.push(spawn(&format!("db-read-{n}"), move || read_loop(&connection, &reads))?);
         }
-        threads.push(spawn("db-write", move || write_loop(&connection, &jobs))?);
+        threads.push(spawn("db-write", move || write_loop(&connection, &jobs, &standing))?);
         drop(threads);
         Ok(db)
     }
@@ -172,15 +189,35 @@ impl Db {
 
     /// Hands a job to the writer. Blocks while [`JOBS_QUEUED_MAX`] jobs wait.
     pub fn submit(&self, job: Box<dyn WriteJob>) {
-        let sender = self.inner.writer.lock().clone();
+        let sender = self.inner.writer.read().clone();
         match sender {
             Some(sender) => {
-                if let Err(mpsc::SendError(job)) = sender.send(job) {
+                if let Err(mpsc::SendError(ToWriter::Job(job))) = sender.send(ToWriter::Job(job)) {
                     job.done(Err(DbError::closed()));
                 }
             }
             None => job.done(Err(DbError::closed())),
         }
+    }
+
+    /// Names the standing job; once, by the embedded broker.
+    pub fn set_standing_job(&self, job: Arc<dyn StandingJob>) {
+        if self.inner.standing.set(job).is_err() {
+            log::error!("the database has a standing job already; the second is ignored");
+        }
+    }
+
+    /// Wakes the writer because the standing job has something to write. Never blocks: a writer with a full queue
+    /// is awake, and asks the standing job before it sleeps.
+    pub fn nudge(&self) {
+        if let Some(sender) = self.inner.writer.read().as_ref() {
+            let _ = sender.try_send(ToWriter::Nudge);
+        }
+    }
+
+    /// Hands a job to a reader thread, without waiting for it. Returns false when the database is closed.
+    pub fn submit_read(&self, job: impl FnOnce(&Connection) + Send + 'static) -> bool {
+        self.inner.readers.lock().as_ref().is_some_and(|readers| readers.send(Box::new(job)).is_ok())
     }
 
     /// Runs `work` in a transaction; resolves when it is durable. Carried out even when the future is dropped.
@@ -193,8 +230,22 @@ impl Db {
         R: Send + 'static,
         F: FnMut(&Connection) -> rusqlite::Result<R> + Send + 'static,
     {
+        self.write_then(work, |value| value).await
+    }
+
+    /// Like [`Db::write`], and calls `then` on the writer thread right after the commit, before the next transaction
+    /// begins: for memory that must follow the file whether or not anyone still waits.
+    ///
+    /// # Errors
+    /// What SQLite says; nothing was written then, and `then` is not called.
+    pub async fn write_then<R, F, T>(&self, work: F, then: impl FnOnce(R) -> T + Send + 'static) -> Result<T, DbError>
+    where
+        R: Send + 'static,
+        T: Send + 'static,
+        F: FnMut(&Connection) -> rusqlite::Result<R> + Send + 'static,
+    {
         let (sender, receiver) = oneshot::channel();
-        self.submit(Box::new(Closure { work, value: None, sender }));
+        self.submit(Box::new(Closure { work, value: None, then, sender }));
         receiver.await.unwrap_or_else(|_| Err(DbError::closed()))
     }
 
@@ -208,11 +259,10 @@ impl Db {
         F: FnOnce(&Connection) -> rusqlite::Result<R> + Send + 'static,
     {
         let (sender, receiver) = oneshot::channel();
-        let job: ReadJob = Box::new(move |connection| {
+        let sent = self.submit_read(move |connection| {
             // The asker may have gone; then nobody needs the answer.
             let _ = sender.send(work(connection).map_err(DbError::from));
         });
-        let sent = self.inner.readers.lock().as_ref().is_some_and(|readers| readers.send(job).is_ok());
         if !sent {
             return Err(DbError::closed());
         }
@@ -222,7 +272,7 @@ impl Db {
     /// Runs what was submitted, closes the file and joins the threads. Later calls fail with
     /// [`DbErrorKind::Closed`]. Blocks.
     pub fn close(&self) {
-        self.inner.writer.lock().take();
+        self.inner.writer.write().take();
         self.inner.readers.lock().take();
         let threads = std::mem::take(&mut *self.inner.threads.lock());
         for thread in threads {
@@ -230,6 +280,7 @@ impl Db {
                 log::error!("a database thread panicked");
             }
         }
+        self.inner.lock.lock().take();
     }
 }
 
@@ -239,22 +290,30 @@ impl std::fmt::Debug for Db {
     }
 }
 
-struct Closure<R, F> {
+struct Closure<R, F, N, T> {
     work: F,
     value: Option<R>,
-    sender: oneshot::Sender<Result<R, DbError>>,
+    then: N,
+    sender: oneshot::Sender<Result<T, DbError>>,
 }
 
-impl<R: Send, F: FnMut(&Connection) -> rusqlite::Result<R> + Send> WriteJob for Closure<R, F> {
+impl<R, F, N, T> WriteJob for Closure<R, F, N, T>
+where
+    R: Send,
+    T: Send,
+    F: FnMut(&Connection) -> rusqlite::Result<R> + Send,
+    N: FnOnce(R) -> T + Send,
+{
     fn run(&mut self, connection: &Connection) -> rusqlite::Result<()> {
         self.value = Some((self.work)(connection)?);
         Ok(())
     }
 
     fn done(self: Box<Self>, result: Result<(), DbError>) {
-        let Self { value, sender, .. } = *self;
+        let Self { value, then, sender, .. } = *self;
+        let answer = result.and_then(|()| value.ok_or_else(DbError::closed)).map(then);
         // The asker may have gone; the work is done all the same.
-        let _ = sender.send(result.and_then(|()| value.ok_or_else(DbError::closed)));
+        let _ = sender.send(answer);
     }
 }
 
@@ -291,26 +350,33 @@ fn read_loop(connection: &Connection, jobs: &Mutex<mpsc::Receiver<ReadJob>>) {
     }
 }
 
-fn write_loop(connection: &Connection, jobs: &mpsc::Receiver<Box<dyn WriteJob>>) {
+fn write_loop(connection: &Connection, jobs: &mpsc::Receiver<ToWriter>, standing: &OnceLock<Arc<dyn StandingJob>>) {
     let mut batch: Vec<Box<dyn WriteJob>> = Vec::new();
-    while let Ok(first) = jobs.recv() {
-        batch.push(first);
-        while batch.len() < JOBS_PER_COMMIT_MAX
-            && let Ok(job) = jobs.try_recv()
-        {
-            batch.push(job);
-        }
-        match transact(connection, &mut batch) {
-            Ok(()) => batch.drain(..).for_each(|job| job.done(Ok(()))),
-            Err(error) if batch.len() == 1 => batch.drain(..).for_each(|job| job.done(Err(error.clone()))),
-            // One of several failed: each on its own, so that only the guilty one fails.
-            Err(_) => {
-                for mut job in batch.drain(..) {
-                    let result = transact(connection, std::slice::from_mut(&mut job));
-                    job.done(result);
+    let mut open = true;
+    loop {
+        while batch.len() < JOBS_PER_COMMIT_MAX {
+            match jobs.try_recv() {
+                Ok(ToWriter::Job(job)) => batch.push(job),
+                Ok(ToWriter::Nudge) => {}
+                Err(mpsc::TryRecvError::Empty) => break,
+                Err(mpsc::TryRecvError::Disconnected) => {
+                    open = false;
+                    break;
                 }
             }
         }
+        if let Some(job) = standing.get().and_then(|standing| standing.begin()) {
+            batch.insert(0, job);
+        }
+        if batch.is_empty() {
+            match open.then(|| jobs.recv()) {
+                Some(Ok(ToWriter::Job(job))) => batch.push(job),
+                Some(Ok(ToWriter::Nudge)) => {}
+                Some(Err(mpsc::RecvError)) | None => break,
+            }
+            continue;
+        }
+        commit(connection, &mut batch);
         if let Err(error) = give_back_space(connection) {
             log::warn!("cannot give free space back to the file system: {error}");
         }
@@ -318,6 +384,20 @@ fn write_loop(connection: &Connection, jobs: &mpsc::Receiver<Box<dyn WriteJob>>)
     // Folds the WAL into the file, so that what is left is one file.
     if let Err(error) = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())) {
         log::warn!("cannot checkpoint at closing: {error}");
+    }
+}
+
+fn commit(connection: &Connection, batch: &mut Vec<Box<dyn WriteJob>>) {
+    match transact(connection, batch) {
+        Ok(()) => batch.drain(..).for_each(|job| job.done(Ok(()))),
+        Err(error) if batch.len() == 1 => batch.drain(..).for_each(|job| job.done(Err(error.clone()))),
+        // One of several failed: each on its own, so that only the guilty one fails.
+        Err(_) => {
+            for mut job in batch.drain(..) {
+                let result = transact(connection, std::slice::from_mut(&mut job));
+                job.done(result);
+            }
+        }
     }
 }
 

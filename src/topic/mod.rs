@@ -114,9 +114,9 @@ impl Pattern {
     /// Whether it matches `topic`, by RabbitMQ's rules. For one pattern; [`Trie`] matches many at once.
     pub fn matches(&self, topic: &Topic) -> bool {
         let mut trie = Trie::new();
-        trie.insert(self.as_str(), ());
+        trie.insert(self, ());
         let mut found = false;
-        trie.for_each_match(topic.as_str(), |()| found = true);
+        trie.for_each_match(topic.as_str(), |_, ()| found = true);
         found
     }
 }

@@ -1,0 +1,131 @@
+//! What the embedded broker itself does, without HTTP and actors: durable publish, forward, route, pull.
+//!
+//! `cargo bench --bench broker` prints messages a second. Every figure is of 1 KiB messages with fsync on, through
+//! outbox, `soar-publish` and the topic exchange into inboxes. Not a test: it asserts only that everything arrived.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use backbone::broker::{Broker, Outcome, PullMode, Queue, Target, embedded, settle};
+use backbone::client::{ClientId, Limits};
+use backbone::db::Db;
+use backbone::envelope::{Draft, Message};
+use backbone::time::Timestamp;
+use backbone::topic::{Pattern, Topic};
+
+fn message(sender: &ClientId, body: &serde_json::value::RawValue, topic: &Topic) -> Message {
+    let draft = Draft { id: None, topic: Some(topic.clone()), message: body, traceparent: None };
+    Message::accept(sender, draft, Timestamp::now())
+}
+
+async fn forward(broker: Arc<dyn Broker>, queue: Queue, target: Target) {
+    let mut consumer = broker.consume(&queue, 1024).await.unwrap();
+    while let Some(batch) = consumer.next(256).await {
+        let outcomes = batch.into_iter().map(|delivery| {
+            let message = delivery.payload.message().unwrap().clone();
+            (delivery, Outcome::Forward(target, message))
+        });
+        settle(outcomes.collect()).await.unwrap();
+    }
+}
+
+fn run(name: &str, inboxes: usize, publishers: usize, batch: usize, seconds: u64) {
+    let directory = tempfile::tempdir_in(".").unwrap();
+    let db = Db::open(&directory.path().join("backbone.db")).unwrap();
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let broker = runtime()
+        .block_on(embedded::open(
+            db.clone(),
+            embedded::Options { dedup_window: Duration::from_secs(600) },
+            backbone::telemetry::new(0),
+        ))
+        .unwrap();
+    let sender = ClientId::parse("sender").unwrap();
+    let topic = Topic::parse("soar.noc.slocum.unit-397").unwrap();
+    runtime().block_on(async {
+        broker.declare_client(&sender, &Limits::default()).await.unwrap();
+        for n in 0..inboxes {
+            let id = ClientId::parse(&format!("r{n}")).unwrap();
+            broker.declare_client(&id, &Limits::default()).await.unwrap();
+            broker.bind(&id, &[Pattern::parse("soar.#").unwrap()]).await.unwrap();
+        }
+    });
+    let pipelines = std::thread::spawn({
+        let (broker, sender) = (Arc::clone(&broker), sender.clone());
+        move || {
+            runtime().block_on(async {
+                tokio::join!(
+                    forward(Arc::clone(&broker), Queue::Outbox(sender), Target::Publish),
+                    forward(Arc::clone(&broker), Queue::Publish, Target::Topic),
+                );
+            });
+        }
+    });
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let publishing = std::thread::spawn({
+        let (broker, sender) = (Arc::clone(&broker), sender);
+        move || {
+            runtime().block_on(async {
+                let json = format!("\"{}\"", "x".repeat(1022));
+                let body: &serde_json::value::RawValue = serde_json::from_str(&json).unwrap();
+                let outbox = Queue::Outbox(sender.clone());
+                let one = || async {
+                    let mut sent = 0;
+                    while Instant::now() < until {
+                        let messages = (0..batch).map(|_| message(&sender, body, &topic)).collect();
+                        broker.publish(&outbox, messages).await.unwrap();
+                        sent += batch;
+                    }
+                    sent
+                };
+                futures_util::future::join_all((0..publishers).map(|_| one())).await.iter().sum::<usize>()
+            })
+        }
+    });
+    let started = Instant::now();
+    let expected = Arc::new(std::sync::OnceLock::new());
+    let pulling = std::thread::spawn({
+        let (broker, expected) = (Arc::clone(&broker), Arc::clone(&expected));
+        move || {
+            runtime().block_on(async {
+                let one = |n: usize| {
+                    let (broker, expected) = (Arc::clone(&broker), Arc::clone(&expected));
+                    async move {
+                        let id = ClientId::parse(&format!("r{n}")).unwrap();
+                        let mut received: usize = 0;
+                        while expected.get() != Some(&received) {
+                            let wait = Duration::from_millis(100);
+                            let pulled = broker.pull(&id, 1000, wait, PullMode::Auto).await.unwrap();
+                            received += pulled.len();
+                        }
+                        received
+                    }
+                };
+                futures_util::future::join_all((0..inboxes).map(one)).await.iter().sum::<usize>()
+            })
+        }
+    });
+    let sent = publishing.join().unwrap();
+    expected.set(sent).unwrap();
+    let received = pulling.join().unwrap();
+    let elapsed = started.elapsed().as_secs_f64();
+    assert_eq!(received, sent * inboxes, "everything arrives");
+    println!(
+        "{name:<28} {:>9.0} messages/s in {:>9.0} deliveries/s out",
+        sent as f64 / elapsed,
+        received as f64 / elapsed
+    );
+    runtime().block_on(broker.close());
+    pipelines.join().unwrap();
+    drop(broker);
+    db.close();
+}
+
+fn main() {
+    let seconds = std::env::var("SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3);
+    run("64 publishers, single", 1, 64, 1, seconds);
+    run("8 publishers, batches of 100", 1, 8, 100, seconds);
+    run("fan-out to 100 inboxes", 100, 4, 10, seconds);
+}
