@@ -14,8 +14,10 @@ use super::queue::{Body, BodyRef, Holder, InFlight, Lease, QueueState, Slot};
 use super::window::{BodyFate, DeadInsert, Delete, Insert, Update, Waiter, Window};
 use crate::broker::{DeadReason, Depths, Origin, Payload, Queue, Target};
 use crate::client::ClientId;
+use crate::envelope::SharedMessage;
+use crate::telemetry::traces::ROUTED_KEPT;
 use crate::telemetry::{Step, Telemetry};
-use crate::topic::Trie;
+use crate::topic::{Pattern, Trie};
 
 /// Memory for messages of all queues together, in bytes; past it, queues that nobody reads keep theirs on disk only.
 pub(super) const HOT_BYTES_TOTAL: usize = 64 << 20;
@@ -44,9 +46,18 @@ pub(super) struct Load {
     pub(super) page_after: Option<u64>,
 }
 
+/// What happened to a message, to be reported to the telemetry.
+#[derive(Debug)]
+pub(super) enum Report {
+    Step(SharedMessage, Step),
+    /// Into how many inboxes, and the first of them with the pattern that matched.
+    Routed(SharedMessage, usize, Vec<(ClientId, Option<Pattern>)>),
+}
+
 /// Things to do once the lock is released.
 #[derive(Debug, Default)]
 pub(super) struct After {
+    pub(super) reports: Vec<Report>,
     pub(super) wakers: Vec<Waker>,
     pub(super) loads: Vec<Load>,
     /// The open window has something to write, and nobody was told.
@@ -160,7 +171,7 @@ impl Core {
         self.enforce_limit(inbox);
     }
 
-    pub(super) fn bind(&mut self, inbox: u32, patterns: Vec<crate::topic::Pattern>) {
+    pub(super) fn bind(&mut self, inbox: u32, patterns: Vec<Pattern>) {
         let Some(queue) = self.queues.get_mut(&inbox) else { return };
         for old in std::mem::replace(&mut queue.patterns, patterns.clone()) {
             self.trie.remove(&old, &inbox);
@@ -237,7 +248,7 @@ impl Core {
         if queue.is_paged() {
             queue.tail += 1;
         } else {
-            let slot = Slot { pos, body, at: now_ms, deliveries: 0, attempts: 0, window, index };
+            let slot = Slot { pos, body, at: now_ms, deliveries: 0, attempts: 0, window, index, leased: None };
             self.hot_bytes += slot.cost();
             queue.push_back(slot);
         }
@@ -365,11 +376,9 @@ impl Core {
 
     // ---- routing
 
-    /// Notes a step on a message's way, if ways are remembered.
-    pub(super) fn record(&self, message: &crate::envelope::Message, step: Step) {
-        if self.telemetry.traces.is_on() {
-            self.telemetry.traces.record(message, step);
-        }
+    /// Reports a step on a message's way, once the lock is released.
+    pub(super) fn report(&mut self, message: &SharedMessage, step: Step) {
+        self.after.reports.push(Report::Step(SharedMessage::clone(message), step));
     }
 
     /// Forwards a delivery that `holder` has. Nothing happens when it has not: then it came back before.
@@ -399,8 +408,10 @@ impl Core {
                 }
             }
         }
-        if target != Target::Publish {
-            self.count_routing(message.as_deref(), &targets, target);
+        match (message, target) {
+            (Some(message), Target::Publish) => self.report(&message, Step::Forwarded),
+            (Some(message), Target::Topic | Target::Broadcast) => self.report_routing(message, &targets, target),
+            (None, _) => {}
         }
         if targets.is_empty() {
             if target == Target::Broadcast {
@@ -412,26 +423,25 @@ impl Core {
         self.move_to(from, &slot, &targets, now_ms);
     }
 
-    fn count_routing(&self, message: Option<&crate::envelope::Message>, inboxes: &[u32], target: Target) {
+    fn report_routing(&mut self, message: SharedMessage, inboxes: &[u32], target: Target) {
         self.telemetry.metrics.routed.inc_by(inboxes.len() as u64);
+        self.report(&message, Step::Published);
         if inboxes.is_empty() {
             self.telemetry.metrics.unrouted.inc();
-        }
-        let Some(message) = message.filter(|_| self.telemetry.traces.is_on()) else { return };
-        if inboxes.is_empty() {
-            self.telemetry.traces.record(message, Step::Unrouted);
-        }
-        for inbox in inboxes {
-            let Some(queue) = self.queues.get(inbox) else { continue };
-            let Queue::Inbox(client) = &queue.name else { continue };
-            let pattern = match (target, &message.topic) {
-                (Target::Topic, Some(topic)) => match &queue.patterns[..] {
+            self.report(&message, Step::Unrouted);
+        } else if self.telemetry.traces.is_on() {
+            let topic = message.topic.as_ref().filter(|_| target == Target::Topic);
+            let named = inboxes.iter().take(ROUTED_KEPT).filter_map(|inbox| {
+                let queue = self.queues.get(inbox)?;
+                let Queue::Inbox(client) = &queue.name else { return None };
+                let pattern = topic.and_then(|topic| match &queue.patterns[..] {
                     [only] => Some(only.clone()),
                     several => several.iter().find(|pattern| pattern.matches(topic)).cloned(),
-                },
-                _ => None,
-            };
-            self.telemetry.traces.record(message, Step::Routed(client.clone(), pattern));
+                });
+                Some((client.clone(), pattern))
+            });
+            let named = named.collect();
+            self.after.reports.push(Report::Routed(message, inboxes.len(), named));
         }
     }
 
@@ -518,6 +528,9 @@ impl Core {
         let until = Instant::now() + lease;
         for slot in slots {
             let mut held = slot.clone();
+            if let BodyRef::Hot(body) = &held.body {
+                held.leased = body.payload.message().map(|message| message.without_envelope().into());
+            }
             held.body = held.body.cooled();
             self.hand_out(queue_id, held, Holder::Lease(number));
         }
@@ -553,7 +566,8 @@ impl Core {
     }
 
     /// Puts a slot that was taken from its holder back to the front.
-    pub(super) fn return_slot(&mut self, queue_id: u32, slot: Slot) {
+    pub(super) fn return_slot(&mut self, queue_id: u32, mut slot: Slot) {
+        slot.leased = None;
         if slot.body.is_cancelled() {
             return;
         }
@@ -629,10 +643,12 @@ impl Core {
             queue.counts.dead += 1;
         }
         self.telemetry.metrics.dead(reason).inc();
-        if let (BodyRef::Hot(body), Some(client)) = (&slot.body, owner)
-            && let Some(message) = body.payload.message().filter(|_| self.telemetry.traces.is_on())
-        {
-            self.telemetry.traces.record(message, Step::Dead(client, reason));
+        let message = match &slot.body {
+            BodyRef::Hot(body) => body.payload.message(),
+            BodyRef::Cold { .. } => slot.leased.as_ref(),
+        };
+        if let (Some(message), Some(client)) = (message, owner) {
+            self.report(message, Step::Dead(client, reason));
         }
         self.open.dead_inserts.push(DeadInsert {
             queue: inbox,
