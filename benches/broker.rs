@@ -4,6 +4,7 @@
 //! outbox, `soar-publish` and the topic exchange into inboxes. Not a test: it asserts only that everything arrived.
 
 #![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::disallowed_methods, reason = "a bench is told by the environment how long to run")]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
