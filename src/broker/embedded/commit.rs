@@ -41,11 +41,10 @@ impl StandingJob for Committer {
 }
 
 /// Waits, shortly, until the pipelines have forwarded what was accepted: then only where it ended up is written.
-#[expect(clippy::disallowed_methods, reason = "the writer's own thread, for microseconds")]
 fn let_pipelines_run(shared: &Shared) {
     let until = Instant::now() + Duration::from_micros(TRANSIT_US_MAX);
     while shared.core.lock().in_transit > 0 && Instant::now() < until {
-        std::thread::sleep(Duration::from_micros(TRANSIT_STEP_US));
+        std::thread::park_timeout(Duration::from_micros(TRANSIT_STEP_US));
     }
 }
 
