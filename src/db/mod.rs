@@ -28,6 +28,9 @@ const JOBS_PER_COMMIT_MAX: usize = 1024;
 /// Jobs that may wait for the writer; a submitter beyond that blocks until there is room again.
 const JOBS_QUEUED_MAX: usize = 16_384;
 
+/// Reads that may wait for a reader: more than there are queues that can want a page at once on one machine.
+const READS_QUEUED_MAX: usize = 65_536;
+
 /// Reader threads. Reads are short (a page of a queue), so two keep a slow one from delaying the rest.
 const READER_THREADS: usize = 2;
 
@@ -122,7 +125,7 @@ struct Inner {
     path: PathBuf,
     writer: RwLock<Option<mpsc::SyncSender<ToWriter>>>,
     standing: Arc<OnceLock<Arc<dyn StandingJob>>>,
-    readers: Mutex<Option<mpsc::Sender<ReadJob>>>,
+    readers: RwLock<Option<mpsc::SyncSender<ReadJob>>>,
     threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
     room: Room,
     // Held for as long as the file is open, so that a second router on the same directory stops at its start.
@@ -151,13 +154,13 @@ impl Db {
         let connection = open_connection(path)?;
         let standing = Arc::new(OnceLock::<Arc<dyn StandingJob>>::new());
         let (writer, jobs) = mpsc::sync_channel(JOBS_QUEUED_MAX);
-        let (readers, reads) = mpsc::channel::<ReadJob>();
+        let (readers, reads) = mpsc::sync_channel::<ReadJob>(READS_QUEUED_MAX);
         let db = Self {
             inner: Arc::new(Inner {
                 path: path.to_owned(),
                 writer: RwLock::new(Some(writer)),
                 standing: Arc::clone(&standing),
-                readers: Mutex::new(Some(readers)),
+                readers: RwLock::new(Some(readers)),
                 threads: Mutex::new(Vec::new()),
                 room: Room::new(path),
                 lock: Mutex::new(Some(lock)),
@@ -215,9 +218,11 @@ impl Db {
         }
     }
 
-    /// Hands a job to a reader thread, without waiting for it. Returns false when the database is closed.
+    /// Hands a job to a reader thread, without waiting for it; blocks while [`READS_QUEUED_MAX`] wait. Returns false
+    /// when the database is closed.
     pub fn submit_read(&self, job: impl FnOnce(&Connection) + Send + 'static) -> bool {
-        self.inner.readers.lock().as_ref().is_some_and(|readers| readers.send(Box::new(job)).is_ok())
+        let sender = self.inner.readers.read().clone();
+        sender.is_some_and(|readers| readers.send(Box::new(job)).is_ok())
     }
 
     /// Runs `work` in a transaction; resolves when it is durable. Carried out even when the future is dropped.
@@ -273,7 +278,7 @@ impl Db {
     /// [`DbErrorKind::Closed`]. Blocks.
     pub fn close(&self) {
         self.inner.writer.write().take();
-        self.inner.readers.lock().take();
+        self.inner.readers.write().take();
         let threads = std::mem::take(&mut *self.inner.threads.lock());
         for thread in threads {
             if thread.join().is_err() {

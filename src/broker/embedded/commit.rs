@@ -12,10 +12,15 @@ use crate::db::{DbError, DbErrorKind, StandingJob, WriteJob};
 /// How long to wait after a failed commit before the next, in milliseconds.
 const RETRY_MS: u64 = 100;
 
+/// How long a commit waits for pipelines at most, and between two looks, in microseconds. A hop takes some ten.
+const TRANSIT_US_MAX: u64 = 400;
+const TRANSIT_STEP_US: u64 = 20;
+
 /// The window that is being written.
 struct Flush {
     shared: Arc<Shared>,
     window: Window,
+    began: Instant,
 }
 
 /// What the database asks for work.
@@ -29,8 +34,17 @@ impl StandingJob for Committer {
         if shared.retry_at.lock().is_some_and(|at| Instant::now() < at) {
             return None;
         }
+        let_pipelines_run(&shared);
         let window = shared.with_core(super::core::Core::take_window)?;
-        Some(Box::new(Flush { shared, window }))
+        Some(Box::new(Flush { shared, window, began: Instant::now() }))
+    }
+}
+
+/// Waits, shortly, until the pipelines have forwarded what was accepted: then only where it ended up is written.
+fn let_pipelines_run(shared: &Shared) {
+    let until = Instant::now() + Duration::from_micros(TRANSIT_US_MAX);
+    while shared.core.lock().in_transit > 0 && Instant::now() < until {
+        std::thread::park_timeout(Duration::from_micros(TRANSIT_STEP_US));
     }
 }
 
@@ -40,9 +54,10 @@ impl WriteJob for Flush {
     }
 
     fn done(self: Box<Self>, result: Result<(), DbError>) {
-        let Self { shared, mut window } = *self;
+        let Self { shared, mut window, began } = *self;
         match result {
             Ok(()) => {
+                shared.telemetry.metrics.commit_latency.observe(began.elapsed().as_secs_f64());
                 *shared.retry_at.lock() = None;
                 let late = shared.with_core(|core| core.window_durable(&window));
                 // Whoever stopped waiting needs no answer.

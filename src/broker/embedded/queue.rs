@@ -12,6 +12,7 @@ use std::task::Waker;
 use std::time::Instant;
 
 use crate::broker::{Payload, Queue};
+use crate::envelope::SharedMessage;
 
 /// Slots that a queue keeps in memory at most; what comes after goes to disk only.
 pub(super) const SLOTS_MAX: usize = 4096;
@@ -152,6 +153,8 @@ pub(super) struct Slot {
     /// The window that its row is part of (0: of one long ago), and where in it.
     pub(super) window: u64,
     pub(super) index: u32,
+    /// While it is leased: the message without its envelope, for reports.
+    pub(super) leased: Option<SharedMessage>,
 }
 
 impl Slot {
@@ -256,6 +259,8 @@ pub(super) struct QueueState {
     pub(super) load_again: bool,
     /// Readers that found nothing, by their numbers.
     pub(super) waiters: Vec<(u64, Waker)>,
+    /// Standing consumers that it has.
+    pub(super) consumers: u32,
     pub(super) max_messages: Option<u64>,
     pub(super) ttl_ms: Option<i64>,
     /// The routing that reached it last: a message lands once, however many patterns match.
@@ -281,6 +286,7 @@ impl QueueState {
             is_loading: false,
             load_again: false,
             waiters: Vec::new(),
+            consumers: 0,
             max_messages: None,
             ttl_ms: None,
             last_route: 0,

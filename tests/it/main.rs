@@ -1,0 +1,14 @@
+//! Integration tests: the real program, the real brokers, and claims about them.
+//!
+//! # Layout
+//!
+//! - `support`: starts routers and brokers, talks to them, waits for conditions. Start reading there.
+//! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
+//!
+//! A test inside `broker_tests!` runs once on each broker; see `support::fixture`.
+
+// First, because its macro is known only below.
+#[macro_use]
+mod support;
+
+mod conformance;

@@ -1,0 +1,284 @@
+//! A broker without a router, for the conformance suite: it can be closed, killed and opened again.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backbone::broker::{
+    Broker, Consumer, Delivery, Depths, Outcome, Published, PullMode, Pulled, Queue, Target, settle,
+};
+use backbone::client::{ClientId, Limits};
+use backbone::db::Db;
+use backbone::envelope::{Draft, Message, MessageId};
+use backbone::time::Timestamp;
+use backbone::topic::{Pattern, Topic};
+use serde_json::value::RawValue;
+use tempfile::TempDir;
+
+use super::fixture::{BrokerKind, Fixture};
+use super::wait::soon;
+
+/// A broker under test, and what a test does with it all the time.
+pub(crate) struct BrokerEnv {
+    dedup_window: Duration,
+    backend: Backend,
+}
+
+enum Backend {
+    Embedded { directory: TempDir, db: Db, broker: Arc<dyn Broker> },
+}
+
+/// For how long own ids are remembered unless a test says otherwise.
+const DEDUP_WINDOW: Duration = Duration::from_secs(600);
+
+async fn open_embedded(directory: TempDir, dedup_window: Duration) -> Backend {
+    let db = Db::open(&directory.path().join("backbone.db")).expect("opens the file");
+    let options = backbone::broker::embedded::Options { dedup_window };
+    let telemetry = backbone::telemetry::new(1000);
+    let broker = backbone::broker::embedded::open(db.clone(), options, telemetry).await.expect("opens the broker");
+    Backend::Embedded { directory, db, broker }
+}
+
+/// Copies what a kill would leave of an open file. The write-ahead log first: what a checkpoint moves meanwhile is then
+/// in both.
+fn copy_files(from: &Path, to: &Path) {
+    for name in ["backbone.db-wal", "backbone.db"] {
+        match std::fs::copy(from.join(name), to.join(name)) {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => panic!("copy {name}: {error}"),
+        }
+    }
+}
+
+impl Fixture for BrokerEnv {
+    async fn start(kind: BrokerKind) -> Self {
+        let backend = match kind {
+            BrokerKind::Embedded => {
+                open_embedded(tempfile::tempdir().expect("a temporary directory"), DEDUP_WINDOW).await
+            }
+        };
+        Self { dedup_window: DEDUP_WINDOW, backend }
+    }
+
+    async fn finish(self) {
+        match self.backend {
+            Backend::Embedded { db, broker, .. } => {
+                soon("the broker closes", broker.close()).await;
+                drop(broker);
+                db.close();
+            }
+        }
+    }
+}
+
+impl BrokerEnv {
+    /// The broker.
+    pub(crate) fn broker(&self) -> Arc<dyn Broker> {
+        match &self.backend {
+            Backend::Embedded { broker, .. } => Arc::clone(broker),
+        }
+    }
+
+    /// Closes the broker and opens it again. Consumers and deliveries of before are dead.
+    pub(crate) async fn restart(&mut self) {
+        self.reopen(false).await;
+    }
+
+    /// Kills the broker (and, if that is a process of its own, the connection to it) at this very moment, and opens
+    /// what is left. For the embedded broker that is a copy of its files as they are now: to a file a kill of the
+    /// process is nothing but the end of writing. Real kills of a real process are in `crash`.
+    pub(crate) async fn kill(&mut self) {
+        self.reopen(true).await;
+    }
+
+    /// Opens again with another dedup window.
+    pub(crate) async fn restart_with_dedup_window(&mut self, window: Duration) {
+        self.dedup_window = window;
+        self.reopen(false).await;
+    }
+
+    async fn reopen(&mut self, killed: bool) {
+        match &mut self.backend {
+            Backend::Embedded { directory, db, broker } => {
+                // A copy in both cases: what a test still holds of the old broker holds the old file as well.
+                let copy = tempfile::tempdir().expect("a temporary directory");
+                if killed {
+                    copy_files(directory.path(), copy.path());
+                }
+                soon("the broker closes", broker.close()).await;
+                db.close();
+                if !killed {
+                    copy_files(directory.path(), copy.path());
+                }
+                self.backend = open_embedded(copy, self.dedup_window).await;
+            }
+        }
+    }
+
+    /// Declares a client without limits, bound to these patterns.
+    pub(crate) async fn client(&self, name: &str, patterns: &[&str]) -> ClientId {
+        self.client_with(name, patterns, &Limits::default()).await
+    }
+
+    /// Declares a client with limits, bound to these patterns.
+    pub(crate) async fn client_with(&self, name: &str, patterns: &[&str], limits: &Limits) -> ClientId {
+        let id = client_id(name);
+        self.broker().declare_client(&id, limits).await.expect("declares the client");
+        self.bind(&id, patterns).await;
+        id
+    }
+
+    /// Makes these its only bindings.
+    pub(crate) async fn bind(&self, client: &ClientId, patterns: &[&str]) {
+        let patterns: Vec<Pattern> =
+            patterns.iter().map(|text| Pattern::parse(text).expect("a pattern of the test")).collect();
+        self.broker().bind(client, &patterns).await.expect("binds");
+    }
+
+    /// Publishes.
+    pub(crate) async fn publish(&self, queue: &Queue, messages: Vec<Message>) -> Published {
+        self.broker().publish(queue, messages).await.expect("publishes")
+    }
+
+    /// Subscribes.
+    pub(crate) async fn consume(&self, queue: &Queue, prefetch: u32) -> Consumer {
+        self.broker().consume(queue, prefetch).await.expect("consumes")
+    }
+
+    /// Takes exactly `count` messages off a queue's front and forwards them.
+    pub(crate) async fn forward(&self, queue: &Queue, target: Target, count: usize) {
+        let mut consumer = self.consume(queue, 256).await;
+        let mut left = count;
+        while left > 0 {
+            let batch = next(&mut consumer, left.min(256)).await;
+            left -= batch.len();
+            forward_all(batch, target).await;
+        }
+    }
+
+    /// Puts one message for each body into the inboxes that `topic` leads to, in order.
+    pub(crate) async fn route(&self, sender: &ClientId, topic: &str, bodies: &[&str]) {
+        let messages = bodies.iter().map(|body| message(sender, Some(topic), body)).collect();
+        self.publish(&Queue::Publish, messages).await;
+        self.forward(&Queue::Publish, Target::Topic, bodies.len()).await;
+    }
+
+    /// What is in the inbox now, taken out of it. Gathers until there is nothing more at once.
+    pub(crate) async fn drain(&self, client: &ClientId) -> Vec<Pulled> {
+        let mut all = Vec::new();
+        loop {
+            let batch = self.pull(client, 1000, Duration::ZERO, PullMode::Auto).await;
+            if batch.is_empty() {
+                return all;
+            }
+            all.extend(batch);
+        }
+    }
+
+    /// `count` messages from the inbox, waiting for them.
+    pub(crate) async fn pull_exactly(&self, client: &ClientId, count: usize, mode: PullMode) -> Vec<Pulled> {
+        let mut all = Vec::new();
+        while all.len() < count {
+            let more = self.pull(client, count - all.len(), super::wait::SOON, mode).await;
+            assert!(!more.is_empty(), "{} of {count} messages came", all.len());
+            all.extend(more);
+        }
+        all
+    }
+
+    /// One pull.
+    pub(crate) async fn pull(&self, client: &ClientId, max: usize, wait: Duration, mode: PullMode) -> Vec<Pulled> {
+        self.broker().pull(client, max, wait, mode).await.expect("pulls")
+    }
+
+    /// The client's depths.
+    pub(crate) async fn depths(&self, client: &ClientId) -> Depths {
+        self.broker().depths(client).await.expect("counts")
+    }
+
+    /// Depth of an internal queue.
+    pub(crate) async fn internal_depth(&self, name: &str) -> u64 {
+        let depths = self.broker().internal_depths().await.expect("counts");
+        depths.into_iter().find(|(queue, _)| *queue == name).unwrap_or_else(|| panic!("there is no {name}")).1
+    }
+}
+
+/// A client id.
+pub(crate) fn client_id(name: &str) -> ClientId {
+    ClientId::parse(name).expect("a client id of the test")
+}
+
+/// A message under a topic, or to everyone; `body` is JSON.
+pub(crate) fn message(sender: &ClientId, topic: Option<&str>, body: &str) -> Message {
+    draft(sender, None, topic, body)
+}
+
+/// The same with the sender's own id.
+pub(crate) fn own_message(sender: &ClientId, id: &str, topic: Option<&str>, body: &str) -> Message {
+    draft(sender, Some(id), topic, body)
+}
+
+fn draft(sender: &ClientId, id: Option<&str>, topic: Option<&str>, body: &str) -> Message {
+    let raw: &RawValue = serde_json::from_str(body).expect("JSON of the test");
+    let draft = Draft {
+        id: id.map(|id| MessageId::parse(id).expect("an id of the test")),
+        topic: topic.map(|topic| Topic::parse(topic).expect("a topic of the test")),
+        message: raw,
+        traceparent: None,
+    };
+    Message::accept(sender, draft, Timestamp::now())
+}
+
+/// Messages `0`, `1`, … up to `count`.
+pub(crate) fn numbered(sender: &ClientId, topic: &str, count: usize) -> Vec<Message> {
+    (0..count).map(|n| message(sender, Some(topic), &n.to_string())).collect()
+}
+
+/// The next batch: at least one.
+pub(crate) async fn next(consumer: &mut Consumer, max: usize) -> Vec<Delivery> {
+    let batch = soon("a delivery", consumer.next(max)).await.expect("the queue is there");
+    assert!(!batch.is_empty() && batch.len() <= max, "asked for 1 to {max}, got {}", batch.len());
+    batch
+}
+
+/// Exactly `count` deliveries, in order, all unsettled.
+pub(crate) async fn next_exactly(consumer: &mut Consumer, count: usize) -> Vec<Delivery> {
+    let mut all = Vec::new();
+    while all.len() < count {
+        all.extend(next(consumer, count - all.len()).await);
+    }
+    all
+}
+
+/// Forwards each delivery's own message.
+pub(crate) async fn forward_all(batch: Vec<Delivery>, target: Target) {
+    let outcomes = batch.into_iter().map(|delivery| {
+        let message = Arc::clone(delivery.payload.message().expect("a message"));
+        (delivery, Outcome::Forward(target, message))
+    });
+    settle(outcomes.collect()).await.expect("forwards");
+}
+
+/// Settles all alike.
+pub(crate) async fn settle_all(batch: Vec<Delivery>, outcome: Outcome) {
+    settle(batch.into_iter().map(|delivery| (delivery, outcome.clone())).collect()).await.expect("settles");
+}
+
+/// What was sent, as text.
+pub(crate) fn bodies(pulled: &[Pulled]) -> Vec<String> {
+    pulled.iter().map(|pulled| String::from_utf8_lossy(pulled.message.body()).into_owned()).collect()
+}
+
+/// What was sent, as text.
+pub(crate) fn delivered_bodies(deliveries: &[Delivery]) -> Vec<String> {
+    let body = |delivery: &Delivery| {
+        String::from_utf8_lossy(delivery.payload.message().expect("a message").body()).into_owned()
+    };
+    deliveries.iter().map(body).collect()
+}
+
+/// `0`, `1`, … up to `count`, as text.
+pub(crate) fn numbers(count: usize) -> Vec<String> {
+    (0..count).map(|n| n.to_string()).collect()
+}

@@ -1,0 +1,49 @@
+//! The brokers that every test runs on.
+//!
+//! To add one: a variant of [`BrokerKind`], a line in `broker_tests!`, and the arms that the compiler then asks for.
+
+/// Which broker a test runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BrokerKind {
+    /// In the process, on a file in a fresh directory.
+    Embedded,
+}
+
+/// What a test is given. Started fresh for each test on each broker.
+pub(crate) trait Fixture: Sized {
+    /// Starts it.
+    async fn start(kind: BrokerKind) -> Self;
+
+    /// Stops it, and fails the test when something is left over that should not be. Not called when the test failed.
+    async fn finish(self);
+}
+
+impl Fixture for BrokerKind {
+    async fn start(kind: BrokerKind) -> Self {
+        kind
+    }
+
+    async fn finish(self) {}
+}
+
+/// Makes each `async fn name(x: &mut SomeFixture)` a test on every broker: `embedded::name` and so on. Once in a file.
+macro_rules! broker_tests {
+    ($( $(#[$meta:meta])* async fn $name:ident($env:ident: &mut $fixture:ty) $body:block )*) => {
+        $( $(#[$meta])* async fn $name($env: &mut $fixture) $body )*
+        broker_tests!(@on embedded Embedded [$($name: $fixture,)*]);
+    };
+    (@on $module:ident $kind:ident [$($name:ident: $fixture:ty,)*]) => {
+        mod $module {
+            use super::*;
+            $(
+                #[actix_rt::test]
+                async fn $name() {
+                    use $crate::support::fixture::{BrokerKind, Fixture};
+                    let mut fixture = <$fixture as Fixture>::start(BrokerKind::$kind).await;
+                    super::$name(&mut fixture).await;
+                    Fixture::finish(fixture).await;
+                }
+            )*
+        }
+    };
+}
