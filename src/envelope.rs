@@ -189,6 +189,12 @@ impl Message {
         })
     }
 
+    /// Who sent what and when, without the content: a few words of memory however large the message is.
+    #[must_use]
+    pub fn without_envelope(&self) -> Self {
+        Self { envelope: Bytes::new(), ..self.clone() }
+    }
+
     /// Memory that it holds, about, in bytes.
     pub fn size(&self) -> usize {
         self.envelope.len() + 160

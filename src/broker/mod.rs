@@ -32,6 +32,8 @@
 //!   what they did would survive a kill when they resolve.
 //! - **G14 bounded.** Memory is bounded whatever the backlog; a publisher that outruns the broker waits or is refused.
 //!
+//! Brokers report the steps of each message ([`crate::telemetry::Step`]) to the telemetry; their callers need not.
+//!
 //! Futures may be dropped at any time: a publish that was begun is carried out or not at all, and a delivery that
 //! was taken but not returned comes back (or, for a pull in [`PullMode::Auto`], may be gone: at most once).
 
@@ -183,13 +185,24 @@ pub enum Outcome {
     },
 }
 
+/// One delivery's end, for the broker that handed it out.
+#[derive(Debug)]
+pub struct Settlement {
+    /// The consumer's name for the delivery.
+    pub tag: u64,
+    /// What was delivered.
+    pub payload: Payload,
+    /// How it ends.
+    pub outcome: Outcome,
+}
+
 /// The side of a consumer that settles; a broker implements it once per consumer.
 #[async_trait]
 pub trait Settle: Send + Sync {
     /// Settles deliveries of this consumer by their tags, in order. Resolves when [`Outcome::Forward`]ed,
     /// [`Outcome::Delay`]ed and [`Outcome::Dead`] ones are as safe as they were before (G2); completions may become
     /// durable later. On an error the unsettled ones come back by themselves.
-    async fn settle(&self, outcomes: Vec<(u64, Outcome)>) -> Result<(), BrokerError>;
+    async fn settle(&self, settlements: Vec<Settlement>) -> Result<(), BrokerError>;
 
     /// Gives one back to the front of its queue without waiting: called when a [`Delivery`] is dropped.
     fn give_back(&self, tag: u64);
@@ -247,17 +260,17 @@ impl fmt::Debug for Delivery {
 /// When the deliveries are of different consumers: a bug of the caller.
 pub async fn settle(outcomes: Vec<(Delivery, Outcome)>) -> Result<(), BrokerError> {
     let mut source: Option<Arc<dyn Settle>> = None;
-    let mut tagged = Vec::with_capacity(outcomes.len());
+    let mut settlements = Vec::with_capacity(outcomes.len());
     for (mut delivery, outcome) in outcomes {
         let own = delivery.source.take().expect("a delivery is settled once: settling takes it");
         match &source {
             None => source = Some(own),
             Some(first) => assert!(Arc::ptr_eq(first, &own), "one settle call, one consumer"),
         }
-        tagged.push((delivery.tag, outcome));
+        settlements.push(Settlement { tag: delivery.tag, payload: delivery.payload.clone(), outcome });
     }
     match source {
-        Some(source) => source.settle(tagged).await,
+        Some(source) => source.settle(settlements).await,
         None => Ok(()),
     }
 }
@@ -426,6 +439,12 @@ pub trait Broker: Send + Sync + 'static {
 
     /// How much is in the client's queues.
     async fn depths(&self, client: &ClientId) -> Result<Depths, BrokerError>;
+
+    /// When the message that is in the queue longest came into it, where the broker knows that without reading the
+    /// queue; for metrics.
+    async fn oldest(&self, _queue: &Queue) -> Result<Option<Timestamp>, BrokerError> {
+        Ok(None)
+    }
 
     /// Dead letters, oldest first, at most `limit`, after the cursor.
     async fn dead_letters(&self, client: &ClientId, after: Option<&str>, limit: usize)

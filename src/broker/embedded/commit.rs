@@ -20,6 +20,7 @@ const TRANSIT_STEP_US: u64 = 20;
 struct Flush {
     shared: Arc<Shared>,
     window: Window,
+    began: Instant,
 }
 
 /// What the database asks for work.
@@ -35,7 +36,7 @@ impl StandingJob for Committer {
         }
         let_pipelines_run(&shared);
         let window = shared.with_core(super::core::Core::take_window)?;
-        Some(Box::new(Flush { shared, window }))
+        Some(Box::new(Flush { shared, window, began: Instant::now() }))
     }
 }
 
@@ -43,7 +44,7 @@ impl StandingJob for Committer {
 fn let_pipelines_run(shared: &Shared) {
     let until = Instant::now() + Duration::from_micros(TRANSIT_US_MAX);
     while shared.core.lock().in_transit > 0 && Instant::now() < until {
-        std::thread::sleep(Duration::from_micros(TRANSIT_STEP_US));
+        std::thread::park_timeout(Duration::from_micros(TRANSIT_STEP_US));
     }
 }
 
@@ -53,9 +54,10 @@ impl WriteJob for Flush {
     }
 
     fn done(self: Box<Self>, result: Result<(), DbError>) {
-        let Self { shared, mut window } = *self;
+        let Self { shared, mut window, began } = *self;
         match result {
             Ok(()) => {
+                shared.telemetry.metrics.commit_latency.observe(began.elapsed().as_secs_f64());
                 *shared.retry_at.lock() = None;
                 let late = shared.with_core(|core| core.window_durable(&window));
                 // Whoever stopped waiting needs no answer.

@@ -10,7 +10,9 @@ use async_trait::async_trait;
 use super::Shared;
 use super::core::Core;
 use super::queue::{BodyRef, Holder, Slot};
-use crate::broker::{BrokerError, BrokerErrorKind, Consume, DeadReason, Delivery, Outcome, Payload, Queue, Settle};
+use crate::broker::{
+    BrokerError, BrokerErrorKind, Consume, DeadReason, Delivery, Outcome, Payload, Queue, Settle, Settlement,
+};
 use crate::telemetry::Step;
 use crate::time::Timestamp;
 
@@ -137,11 +139,15 @@ impl Source {
         before >= self.prefetch.load(Ordering::Relaxed)
     }
 
-    fn apply(&self, core: &mut Core, pos: u64, outcome: &Outcome, now_ms: i64) {
-        match outcome {
+    fn apply(&self, core: &mut Core, settlement: &Settlement, now_ms: i64) {
+        let pos = settlement.tag;
+        match &settlement.outcome {
             Outcome::Complete => {
-                if core.complete(self.queue, pos, self.holder).is_some() {
+                let held = core.complete(self.queue, pos, self.holder).is_some();
+                if let (true, Queue::Inbox(client), Payload::Message(message)) = (held, &self.name, &settlement.payload)
+                {
                     self.shared.telemetry.metrics.delivered.inc();
+                    core.report(message, Step::Delivered(client.clone()));
                 }
             }
             Outcome::Forward(target, _) => core.forward(self.queue, pos, self.holder, *target, now_ms),
@@ -178,17 +184,16 @@ impl Source {
 impl Settle for Source {
     /// Completions and forwards take effect in memory at once: what they lead to is seen outside only when it is
     /// durable, and windows commit in order. Delays and dead letters are no less safe than the entry was.
-    async fn settle(&self, outcomes: Vec<(u64, Outcome)>) -> Result<(), BrokerError> {
+    async fn settle(&self, settlements: Vec<Settlement>) -> Result<(), BrokerError> {
         let now_ms = Timestamp::now().as_millis();
         self.shared.with_core(|core| {
-            for (pos, outcome) in &outcomes {
-                self.apply(core, *pos, outcome, now_ms);
+            for settlement in &settlements {
+                self.apply(core, settlement, now_ms);
             }
-            if self.regain_credit(u32::try_from(outcomes.len()).unwrap_or(u32::MAX)) {
+            if self.regain_credit(u32::try_from(settlements.len()).unwrap_or(u32::MAX)) {
                 core.wake_readers(self.queue);
             }
         });
-        self.trace(&outcomes);
         Ok(())
     }
 
@@ -199,22 +204,5 @@ impl Settle for Source {
                 core.wake_readers(self.queue);
             }
         });
-    }
-}
-
-impl Source {
-    fn trace(&self, outcomes: &[(u64, Outcome)]) {
-        if !self.shared.telemetry.traces.is_on() {
-            return;
-        }
-        for (_, outcome) in outcomes {
-            if let Outcome::Forward(target, message) = outcome {
-                let step = match target {
-                    crate::broker::Target::Publish => Step::Forwarded,
-                    crate::broker::Target::Topic | crate::broker::Target::Broadcast => Step::Published,
-                };
-                self.shared.telemetry.traces.record(message, step);
-            }
-        }
     }
 }

@@ -14,8 +14,10 @@ use super::queue::{Body, BodyRef, Holder, InFlight, Lease, QueueState, Slot};
 use super::window::{BodyFate, DeadInsert, Delete, Insert, Update, Waiter, Window};
 use crate::broker::{DeadReason, Depths, Origin, Payload, Queue, Target};
 use crate::client::ClientId;
+use crate::envelope::SharedMessage;
+use crate::telemetry::traces::ROUTED_KEPT;
 use crate::telemetry::{Step, Telemetry};
-use crate::topic::Trie;
+use crate::topic::{Pattern, Trie};
 
 /// Memory for messages of all queues together, in bytes; past it, queues that nobody reads keep theirs on disk only.
 pub(super) const HOT_BYTES_TOTAL: usize = 64 << 20;
@@ -25,6 +27,9 @@ const WINDOW_ROWS_MAX: usize = 100_000;
 
 /// Messages kept in `soar-unrouted`; past it the oldest go.
 const UNROUTED_MAX: u64 = 10_000;
+
+/// Rows that are worth a statement of their own to delete them by range.
+const RANGE_MIN: usize = 4;
 
 /// The client's queues, by their numbers.
 #[derive(Debug, Clone, Copy)]
@@ -44,9 +49,18 @@ pub(super) struct Load {
     pub(super) page_after: Option<u64>,
 }
 
+/// What happened to a message, to be reported to the telemetry.
+#[derive(Debug)]
+pub(super) enum Report {
+    Step(SharedMessage, Step),
+    /// Into how many inboxes, and the first of them with the pattern that matched.
+    Routed(SharedMessage, usize, Vec<(ClientId, Option<Pattern>)>),
+}
+
 /// Things to do once the lock is released.
 #[derive(Debug, Default)]
 pub(super) struct After {
+    pub(super) reports: Vec<Report>,
     pub(super) wakers: Vec<Waker>,
     pub(super) loads: Vec<Load>,
     /// The open window has something to write, and nobody was told.
@@ -160,7 +174,7 @@ impl Core {
         self.enforce_limit(inbox);
     }
 
-    pub(super) fn bind(&mut self, inbox: u32, patterns: Vec<crate::topic::Pattern>) {
+    pub(super) fn bind(&mut self, inbox: u32, patterns: Vec<Pattern>) {
         let Some(queue) = self.queues.get_mut(&inbox) else { return };
         for old in std::mem::replace(&mut queue.patterns, patterns.clone()) {
             self.trie.remove(&old, &inbox);
@@ -189,6 +203,14 @@ impl Core {
         let depth = |id: u32| self.queues.get(&id).map_or(0, |queue| queue.counts.depth);
         let dead = self.queues.get(&queues.inbox).map_or(0, |queue| queue.counts.dead);
         Some(Depths { outbox: depth(queues.outbox), notify: depth(queues.notify), inbox: depth(queues.inbox), dead })
+    }
+
+    /// When the oldest message that is in memory came into the queue, in milliseconds. Positions only grow, so what
+    /// waits at the front is the oldest that waits; a long queue's front is in memory.
+    pub(super) fn oldest(&self, queue: &Queue) -> Option<i64> {
+        let queue = self.queues.get(self.by_name.get(queue)?)?;
+        let handed_out = queue.in_flight.values().map(|entry| entry.slot.at).min();
+        handed_out.into_iter().chain(queue.slots.front().map(|slot| slot.at)).min()
     }
 
     // ---- numbers
@@ -237,7 +259,7 @@ impl Core {
         if queue.is_paged() {
             queue.tail += 1;
         } else {
-            let slot = Slot { pos, body, at: now_ms, deliveries: 0, attempts: 0, window, index };
+            let slot = Slot { pos, body, at: now_ms, deliveries: 0, attempts: 0, window, index, leased: None };
             self.hot_bytes += slot.cost();
             queue.push_back(slot);
         }
@@ -365,11 +387,9 @@ impl Core {
 
     // ---- routing
 
-    /// Notes a step on a message's way, if ways are remembered.
-    pub(super) fn record(&self, message: &crate::envelope::Message, step: Step) {
-        if self.telemetry.traces.is_on() {
-            self.telemetry.traces.record(message, step);
-        }
+    /// Reports a step on a message's way, once the lock is released.
+    pub(super) fn report(&mut self, message: &SharedMessage, step: Step) {
+        self.after.reports.push(Report::Step(SharedMessage::clone(message), step));
     }
 
     /// Forwards a delivery that `holder` has. Nothing happens when it has not: then it came back before.
@@ -399,8 +419,10 @@ impl Core {
                 }
             }
         }
-        if target != Target::Publish {
-            self.count_routing(message.as_deref(), &targets, target);
+        match (message, target) {
+            (Some(message), Target::Publish) => self.report(&message, Step::Forwarded),
+            (Some(message), Target::Topic | Target::Broadcast) => self.report_routing(message, &targets, target),
+            (None, _) => {}
         }
         if targets.is_empty() {
             if target == Target::Broadcast {
@@ -412,26 +434,25 @@ impl Core {
         self.move_to(from, &slot, &targets, now_ms);
     }
 
-    fn count_routing(&self, message: Option<&crate::envelope::Message>, inboxes: &[u32], target: Target) {
+    fn report_routing(&mut self, message: SharedMessage, inboxes: &[u32], target: Target) {
         self.telemetry.metrics.routed.inc_by(inboxes.len() as u64);
+        self.report(&message, Step::Published);
         if inboxes.is_empty() {
             self.telemetry.metrics.unrouted.inc();
-        }
-        let Some(message) = message.filter(|_| self.telemetry.traces.is_on()) else { return };
-        if inboxes.is_empty() {
-            self.telemetry.traces.record(message, Step::Unrouted);
-        }
-        for inbox in inboxes {
-            let Some(queue) = self.queues.get(inbox) else { continue };
-            let Queue::Inbox(client) = &queue.name else { continue };
-            let pattern = match (target, &message.topic) {
-                (Target::Topic, Some(topic)) => match &queue.patterns[..] {
+            self.report(&message, Step::Unrouted);
+        } else if self.telemetry.traces.is_on() {
+            let topic = message.topic.as_ref().filter(|_| target == Target::Topic);
+            let named = inboxes.iter().take(ROUTED_KEPT).filter_map(|inbox| {
+                let queue = self.queues.get(inbox)?;
+                let Queue::Inbox(client) = &queue.name else { return None };
+                let pattern = topic.and_then(|topic| match &queue.patterns[..] {
                     [only] => Some(only.clone()),
                     several => several.iter().find(|pattern| pattern.matches(topic)).cloned(),
-                },
-                _ => None,
-            };
-            self.telemetry.traces.record(message, Step::Routed(client.clone(), pattern));
+                });
+                Some((client.clone(), pattern))
+            });
+            let named = named.collect();
+            self.after.reports.push(Report::Routed(message, inboxes.len(), named));
         }
     }
 
@@ -518,6 +539,9 @@ impl Core {
         let until = Instant::now() + lease;
         for slot in slots {
             let mut held = slot.clone();
+            if let BodyRef::Hot(body) = &held.body {
+                held.leased = body.payload.message().map(|message| message.without_envelope().into());
+            }
             held.body = held.body.cooled();
             self.hand_out(queue_id, held, Holder::Lease(number));
         }
@@ -540,8 +564,26 @@ impl Core {
 
     /// Removes slots that were taken to be handed over at once.
     pub(super) fn finish_taken(&mut self, queue_id: u32, slots: &[Slot]) {
+        let (Some(first), Some(last), Some(queue)) = (slots.first(), slots.last(), self.queues.get_mut(&queue_id))
+        else {
+            return;
+        };
+        // When nothing else of the queue can lie between them, one statement deletes all their rows.
+        let nothing_between = queue.in_flight.is_empty() && queue.counts.delayed == 0;
+        let all_written = slots.iter().all(|slot| slot.window < self.open.number && !slot.body.is_cancelled());
+        if slots.len() < RANGE_MIN || !nothing_between || !all_written {
+            slots.iter().for_each(|slot| self.finish(queue_id, slot));
+            return;
+        }
+        queue.counts.depth = queue.counts.depth.saturating_sub(slots.len() as u64);
+        self.open.delete_ranges.push((queue_id, first.pos, last.pos));
+        self.touch(queue_id);
         for slot in slots {
-            self.finish(queue_id, slot);
+            if slot.body.is_shared() {
+                self.open.change_refs(&slot.body, -1);
+            } else {
+                self.open.body_drops.push(slot.body.id());
+            }
         }
     }
 
@@ -553,7 +595,8 @@ impl Core {
     }
 
     /// Puts a slot that was taken from its holder back to the front.
-    pub(super) fn return_slot(&mut self, queue_id: u32, slot: Slot) {
+    pub(super) fn return_slot(&mut self, queue_id: u32, mut slot: Slot) {
+        slot.leased = None;
         if slot.body.is_cancelled() {
             return;
         }
@@ -629,10 +672,12 @@ impl Core {
             queue.counts.dead += 1;
         }
         self.telemetry.metrics.dead(reason).inc();
-        if let (BodyRef::Hot(body), Some(client)) = (&slot.body, owner)
-            && let Some(message) = body.payload.message().filter(|_| self.telemetry.traces.is_on())
-        {
-            self.telemetry.traces.record(message, Step::Dead(client, reason));
+        let message = match &slot.body {
+            BodyRef::Hot(body) => body.payload.message(),
+            BodyRef::Cold { .. } => slot.leased.as_ref(),
+        };
+        if let (Some(message), Some(client)) = (message, owner) {
+            self.report(message, Step::Dead(client, reason));
         }
         self.open.dead_inserts.push(DeadInsert {
             queue: inbox,

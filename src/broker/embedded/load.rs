@@ -67,6 +67,7 @@ fn page(connection: &Connection, queue: u32, after: u64) -> rusqlite::Result<Vec
             attempts: row.get(4)?,
             window: 0,
             index: 0,
+            leased: None,
         };
         bytes += slot.size();
         page.push(slot);

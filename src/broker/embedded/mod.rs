@@ -47,7 +47,7 @@ use parking_lot::Mutex;
 use rusqlite::{Connection, params};
 use tokio::sync::{Notify, Semaphore, oneshot};
 
-use self::core::Core;
+use self::core::{Core, Report};
 use self::queue::QueueState;
 use self::schema::StoredName;
 use self::window::broker_error;
@@ -99,6 +99,12 @@ impl Shared {
         };
         for waker in after.wakers {
             waker.wake();
+        }
+        for report in after.reports {
+            match report {
+                Report::Step(message, step) => self.telemetry.traces.record(&message, step),
+                Report::Routed(message, count, first) => self.telemetry.traces.record_routed(&message, count, first),
+            }
         }
         for load in after.loads {
             if let Some(shared) = self.me.upgrade() {
@@ -314,6 +320,10 @@ impl Broker for Embedded {
     async fn depths(&self, client: &ClientId) -> Result<Depths, BrokerError> {
         let depths = self.shared.core.lock().depths(client);
         depths.ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, format!("count the messages of {client}")))
+    }
+
+    async fn oldest(&self, queue: &Queue) -> Result<Option<Timestamp>, BrokerError> {
+        Ok(self.shared.core.lock().oldest(queue).map(Timestamp::from_millis))
     }
 
     async fn dead_letters(

@@ -8,7 +8,7 @@ use super::dedup::{Claim, IdHash, find, hash_of};
 use super::window::{OwnId, broker_error};
 use super::{PENDING_KIB_MAX, Shared};
 use crate::broker::{BrokerError, BrokerErrorKind, Payload, Published, Queue};
-use crate::envelope::Message;
+use crate::envelope::{Message, SharedMessage};
 use crate::telemetry::Step;
 use crate::time::Timestamp;
 
@@ -66,8 +66,9 @@ fn append_all(core: &mut Core, queue: u32, messages: Vec<Message>, claims: &mut 
             core.open.generations.extend(started_at.map(|at| (generation, at)));
         }
         duplicates.push(false);
-        core.record(&message, Step::Accepted);
-        let body = core.accept(Payload::Message(message.into()));
+        let message = SharedMessage::new(message);
+        core.report(&message, Step::Accepted);
+        let body = core.accept(Payload::Message(message));
         core.append(queue, body, now_ms);
     }
     duplicates

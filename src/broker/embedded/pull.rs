@@ -131,7 +131,7 @@ fn hand_over(shared: &Shared, client: &ClientId, slots: Vec<Slot>, lease: Option
             log::error!("{client}: the inbox held something that is not a message; it is left out");
             continue;
         };
-        if lease.is_none() && shared.telemetry.traces.is_on() {
+        if lease.is_none() {
             shared.telemetry.traces.record(message, Step::Delivered(client.clone()));
         }
         pulled.push(Pulled {
@@ -163,6 +163,9 @@ pub(super) async fn settle(
             match outcome {
                 PullOutcome::Ack => {
                     acked += 1;
+                    if let Some(message) = &slot.leased {
+                        core.report(message, Step::Delivered(client.clone()));
+                    }
                     core.finish_taken(inbox, std::slice::from_ref(&slot));
                 }
                 PullOutcome::Nack(None) => core.return_slot(inbox, slot),

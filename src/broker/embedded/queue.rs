@@ -12,6 +12,7 @@ use std::task::Waker;
 use std::time::Instant;
 
 use crate::broker::{Payload, Queue};
+use crate::envelope::SharedMessage;
 
 /// Slots that a queue keeps in memory at most; what comes after goes to disk only.
 pub(super) const SLOTS_MAX: usize = 4096;
@@ -152,6 +153,8 @@ pub(super) struct Slot {
     /// The window that its row is part of (0: of one long ago), and where in it.
     pub(super) window: u64,
     pub(super) index: u32,
+    /// While it is leased: the message without its envelope, for reports.
+    pub(super) leased: Option<SharedMessage>,
 }
 
 impl Slot {

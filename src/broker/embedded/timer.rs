@@ -110,6 +110,7 @@ fn read_due(connection: &Connection, now_ms: i64) -> rusqlite::Result<Due> {
                 attempts: row.get(5)?,
                 window: 0,
                 index: 0,
+                leased: None,
             };
             Ok((row.get(0)?, slot))
         })?
