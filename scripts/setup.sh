@@ -40,11 +40,15 @@ install_packages() {
     command -v apt-get >/dev/null || die "missing: $* - and there is no apt-get"
     say "installing $*"
     local guard=/usr/sbin/policy-rc.d running_before pid
-    if [ ! -e "$guard" ]; then
-        printf '#!/bin/sh\nexit 101\n' >"$guard"
-        chmod 755 "$guard"
+    # One that is there may allow it, and a broker that starts without an init can keep apt waiting for ten minutes.
+    if [ -e "$guard" ]; then
+        mv "$guard" "$guard.kept"
+        trap 'mv -f /usr/sbin/policy-rc.d.kept /usr/sbin/policy-rc.d' EXIT
+    else
         trap 'rm -f /usr/sbin/policy-rc.d' EXIT
     fi
+    printf '#!/bin/sh\nexit 101\n' >"$guard"
+    chmod 755 "$guard"
     running_before=" $(rabbitmq_pids | tr '\n' ' ')"
     export DEBIAN_FRONTEND=noninteractive
     local options=(-q -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3)

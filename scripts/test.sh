@@ -61,7 +61,7 @@ count_libtest() {
 }
 
 mkdir -p "$built"
-scripts/setup.sh
+scripts/setup.sh || { say "setup is incomplete: tests that need what is missing will fail"; status=1; }
 case $built in
     /*) export BACKBONE_TEST_PYTHON=$built/venv/bin/python ;;
     *) export BACKBONE_TEST_PYTHON=$PWD/$built/venv/bin/python ;;

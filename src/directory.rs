@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
@@ -22,6 +23,52 @@ pub struct ClientEntry {
     pub incarnation: u64,
     /// `send_per_s`, enforced; shared by the entries that follow unless the limit changes.
     pub send_limiter: Option<Arc<crate::limits::SendLimiter>>,
+    /// Whoever publishes for the client passes it first; shared by the entries that follow.
+    pub gate: Arc<SendGate>,
+}
+
+/// Counts the publishes of one client that are under way, and is closed when the client is deleted: what was let in
+/// before is waited for and forwarded, so that no message with a 202 is deleted with its queue.
+#[derive(Debug, Default)]
+pub struct SendGate(AtomicU64);
+
+/// Set in a gate that is closed; the rest is the count.
+const CLOSED: u64 = 1 << 63;
+
+/// A publish under way. Held until the broker has answered.
+#[derive(Debug)]
+pub struct SendPermit(Arc<SendGate>);
+
+impl SendGate {
+    /// Lets a publish in; `None` when the client is being deleted.
+    pub fn enter(self: &Arc<Self>) -> Option<SendPermit> {
+        let permit = (self.0.fetch_add(1, Ordering::SeqCst) & CLOSED == 0).then(|| SendPermit(Arc::clone(self)));
+        if permit.is_none() {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+        permit
+    }
+
+    /// For the registry: lets nobody in any more.
+    pub(crate) fn close(&self) {
+        self.0.fetch_or(CLOSED, Ordering::SeqCst);
+    }
+
+    /// For the registry: the client stays after all.
+    pub(crate) fn open(&self) {
+        self.0.fetch_and(!CLOSED, Ordering::SeqCst);
+    }
+
+    /// How many publishes are under way.
+    pub fn under_way(&self) -> u64 {
+        self.0.load(Ordering::SeqCst) & !CLOSED
+    }
+}
+
+impl Drop for SendPermit {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// All clients, by id in order. Cheap to share.
@@ -54,12 +101,31 @@ impl Directory {
     }
 
     /// For the registry: adds or replaces.
-    pub fn put(&self, entry: ClientEntry) {
-        self.clients.write().insert(entry.record.client_id.clone(), Arc::new(entry));
+    pub fn put(&self, entry: impl Into<Arc<ClientEntry>>) {
+        let entry = entry.into();
+        self.clients.write().insert(entry.record.client_id.clone(), entry);
     }
 
     /// For the registry: removes.
     pub fn remove(&self, id: &ClientId) {
         self.clients.write().remove(id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_closed_gate_lets_nobody_in_and_knows_who_is_still_inside() {
+        let gate = Arc::new(SendGate::default());
+        let permit = gate.enter().expect("open");
+        gate.close();
+        assert!(gate.enter().is_none());
+        assert_eq!(gate.under_way(), 1);
+        drop(permit);
+        assert_eq!(gate.under_way(), 0);
+        gate.open();
+        assert!(gate.enter().is_some());
     }
 }

@@ -1,1 +1,3 @@
+//! The `backbone` program.
+
 fn main() {}

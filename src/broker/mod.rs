@@ -440,6 +440,12 @@ pub trait Broker: Send + Sync + 'static {
     /// How much is in the client's queues.
     async fn depths(&self, client: &ClientId) -> Result<Depths, BrokerError>;
 
+    /// When the message that is in the queue longest came into it, where the broker knows that without reading the
+    /// queue; for metrics.
+    async fn oldest(&self, _queue: &Queue) -> Result<Option<Timestamp>, BrokerError> {
+        Ok(None)
+    }
+
     /// Dead letters, oldest first, at most `limit`, after the cursor.
     async fn dead_letters(&self, client: &ClientId, after: Option<&str>, limit: usize)
     -> Result<DeadPage, BrokerError>;

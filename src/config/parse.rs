@@ -96,6 +96,7 @@ impl Config {
     ///
     /// # Errors
     /// Every wrong value at once.
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
     pub fn from_env() -> Result<Self, ConfigErrors> {
         let mut not_unicode = Vec::new();
         let mut variables = Vec::new();

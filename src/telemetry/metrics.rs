@@ -114,8 +114,6 @@ pub struct Gauges {
     pub clients: u64,
     /// Messages by kind of queue: `outbox`, `notify`, `inbox`, `dead`, `publish`, `unrouted`. All clients together.
     pub queue_messages: Vec<(&'static str, u64)>,
-    /// Age of the oldest message by kind of queue, where the broker knows it.
-    pub oldest_age: Vec<(&'static str, Duration)>,
     /// The broker's state.
     pub health: Health,
     /// Actors by kind and state.
@@ -314,11 +312,6 @@ impl Metrics {
         for (queue, messages) in &gauges.queue_messages {
             self.asked.queue_messages.with_label_values(&[queue]).set(int(*messages));
         }
-        // A queue that became empty has no oldest message any more.
-        self.asked.oldest_age.reset();
-        for (queue, age) in &gauges.oldest_age {
-            self.asked.oldest_age.with_label_values(&[queue]).set(age.as_secs_f64());
-        }
         let state = match gauges.health {
             Health::Ready => BROKER_STATES[0],
             Health::Blocked(_) => BROKER_STATES[1],
@@ -331,6 +324,15 @@ impl Metrics {
         self.asked.actors.reset();
         for (actor, state, count) in &gauges.actors {
             self.asked.actors.with_label_values(&[actor, state]).set(int(*count));
+        }
+    }
+
+    /// Sets the age of the oldest message by kind of queue, where the broker knows it.
+    pub fn set_oldest(&self, ages: &[(&'static str, Duration)]) {
+        // A queue that became empty has no oldest message any more.
+        self.asked.oldest_age.reset();
+        for (queue, age) in ages {
+            self.asked.oldest_age.with_label_values(&[queue]).set(age.as_secs_f64());
         }
     }
 
@@ -409,10 +411,10 @@ mod tests {
     fn filled() -> Metrics {
         let metrics = Metrics::new();
         metrics.requests.with_label_values(&["/send", "202"]).inc();
+        metrics.set_oldest(&[("inbox", Duration::from_millis(1500))]);
         metrics.set_gauges(&Gauges {
             clients: 2,
             queue_messages: vec![("inbox", 5)],
-            oldest_age: vec![("inbox", Duration::from_millis(1500))],
             health: Health::Blocked("disk".into()),
             actors: vec![("pusher", "running", 1)],
         });
@@ -440,10 +442,10 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }
+        metrics.set_oldest(&[]);
         metrics.set_gauges(&Gauges {
             clients: 0,
             queue_messages: vec![("inbox", 0)],
-            oldest_age: vec![],
             health: Health::Ready,
             actors: vec![],
         });

@@ -8,10 +8,12 @@
 //! - [`rates`]: what each client sent and received, counted.
 //! - [`tail`]: messages as they pass, for whoever watches a pattern.
 //! - [`history`]: the last hour in samples, for the console's plots.
+//! - [`observer`]: asks for what cannot be counted (depths, states), for the gauges and the console's board.
 //! - [`process`]: this process's memory, processor time and files.
 
 pub mod history;
 pub mod metrics;
+pub mod observer;
 pub mod process;
 pub mod rates;
 pub mod tail;
@@ -21,6 +23,7 @@ use std::sync::Arc;
 
 pub use history::History;
 pub use metrics::Metrics;
+pub use observer::{Board, Observer};
 pub use rates::ClientRates;
 pub use tail::Tail;
 pub use traces::{Step, Traces};
@@ -41,6 +44,8 @@ pub struct TelemetryParts {
     pub tail: Arc<Tail>,
     /// The last hour.
     pub history: History,
+    /// What an [`Observer`] found last.
+    pub board: Board,
 }
 
 /// A telemetry that remembers the ways of `trace_messages` messages (`SOAR_TRACE_MESSAGES`; 0 for none).
@@ -48,5 +53,5 @@ pub fn new(trace_messages: usize) -> Telemetry {
     let metrics = Metrics::new();
     let (rates, tail) = (Arc::new(ClientRates::default()), Arc::new(Tail::default()));
     let traces = Traces::new(trace_messages, metrics.latencies().clone(), Arc::clone(&rates), Arc::clone(&tail));
-    Arc::new(TelemetryParts { metrics, traces, rates, tail, history: History::default() })
+    Arc::new(TelemetryParts { metrics, traces, rates, tail, history: History::default(), board: Board::default() })
 }

@@ -44,7 +44,7 @@ impl StandingJob for Committer {
 fn let_pipelines_run(shared: &Shared) {
     let until = Instant::now() + Duration::from_micros(TRANSIT_US_MAX);
     while shared.core.lock().in_transit > 0 && Instant::now() < until {
-        std::thread::sleep(Duration::from_micros(TRANSIT_STEP_US));
+        std::thread::park_timeout(Duration::from_micros(TRANSIT_STEP_US));
     }
 }
 

@@ -28,6 +28,9 @@ const WINDOW_ROWS_MAX: usize = 100_000;
 /// Messages kept in `soar-unrouted`; past it the oldest go.
 const UNROUTED_MAX: u64 = 10_000;
 
+/// Rows that are worth a statement of their own to delete them by range.
+const RANGE_MIN: usize = 4;
+
 /// The client's queues, by their numbers.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ClientQueues {
@@ -200,6 +203,14 @@ impl Core {
         let depth = |id: u32| self.queues.get(&id).map_or(0, |queue| queue.counts.depth);
         let dead = self.queues.get(&queues.inbox).map_or(0, |queue| queue.counts.dead);
         Some(Depths { outbox: depth(queues.outbox), notify: depth(queues.notify), inbox: depth(queues.inbox), dead })
+    }
+
+    /// When the oldest message that is in memory came into the queue, in milliseconds. Positions only grow, so what
+    /// waits at the front is the oldest that waits; a long queue's front is in memory.
+    pub(super) fn oldest(&self, queue: &Queue) -> Option<i64> {
+        let queue = self.queues.get(self.by_name.get(queue)?)?;
+        let handed_out = queue.in_flight.values().map(|entry| entry.slot.at).min();
+        handed_out.into_iter().chain(queue.slots.front().map(|slot| slot.at)).min()
     }
 
     // ---- numbers
@@ -553,8 +564,26 @@ impl Core {
 
     /// Removes slots that were taken to be handed over at once.
     pub(super) fn finish_taken(&mut self, queue_id: u32, slots: &[Slot]) {
+        let (Some(first), Some(last), Some(queue)) = (slots.first(), slots.last(), self.queues.get_mut(&queue_id))
+        else {
+            return;
+        };
+        // When nothing else of the queue can lie between them, one statement deletes all their rows.
+        let nothing_between = queue.in_flight.is_empty() && queue.counts.delayed == 0;
+        let all_written = slots.iter().all(|slot| slot.window < self.open.number && !slot.body.is_cancelled());
+        if slots.len() < RANGE_MIN || !nothing_between || !all_written {
+            slots.iter().for_each(|slot| self.finish(queue_id, slot));
+            return;
+        }
+        queue.counts.depth = queue.counts.depth.saturating_sub(slots.len() as u64);
+        self.open.delete_ranges.push((queue_id, first.pos, last.pos));
+        self.touch(queue_id);
         for slot in slots {
-            self.finish(queue_id, slot);
+            if slot.body.is_shared() {
+                self.open.change_refs(&slot.body, -1);
+            } else {
+                self.open.body_drops.push(slot.body.id());
+            }
         }
     }
 

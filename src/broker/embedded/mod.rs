@@ -322,6 +322,10 @@ impl Broker for Embedded {
         depths.ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, format!("count the messages of {client}")))
     }
 
+    async fn oldest(&self, queue: &Queue) -> Result<Option<Timestamp>, BrokerError> {
+        Ok(self.shared.core.lock().oldest(queue).map(Timestamp::from_millis))
+    }
+
     async fn dead_letters(
         &self,
         client: &ClientId,

@@ -70,6 +70,7 @@ pub(super) const DELETE_BODY: &str = "DELETE FROM body WHERE id = ?1";
 pub(super) const INSERT_ENTRY: &str =
     "INSERT INTO entry (queue, pos, body, at, deliveries, attempts, due) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
 pub(super) const DELETE_ENTRY: &str = "DELETE FROM entry WHERE queue = ?1 AND pos = ?2";
+pub(super) const DELETE_RANGE: &str = "DELETE FROM entry WHERE queue = ?1 AND pos BETWEEN ?2 AND ?3";
 pub(super) const UPDATE_ENTRY: &str =
     "UPDATE entry SET deliveries = ?3, attempts = ?4, due = ?5 WHERE queue = ?1 AND pos = ?2";
 pub(super) const INSERT_DEAD: &str =

@@ -89,8 +89,11 @@ pub(super) struct Window {
     pub(super) number: u64,
     pub(super) inserts: Vec<Option<Insert>>,
     pub(super) deletes: Vec<Delete>,
+    /// Runs of rows that go without their bodies: queue, first and last position.
+    pub(super) delete_ranges: Vec<(u32, u64, u64)>,
     pub(super) updates: Vec<Update>,
-    /// Bodies whose last row never reached the disk, though they did themselves.
+    /// Bodies that go although no single row takes them along: of ranges, of dead letters, and of entries whose last
+    /// row never reached the disk.
     pub(super) body_drops: Vec<u64>,
     /// Changes in the references of shared bodies.
     pub(super) shared: HashMap<u64, (i64, Option<Arc<Body>>)>,
@@ -122,6 +125,7 @@ impl Window {
     pub(super) fn is_empty(&self) -> bool {
         self.inserts.is_empty()
             && self.deletes.is_empty()
+            && self.delete_ranges.is_empty()
             && self.updates.is_empty()
             && self.body_drops.is_empty()
             && self.shared.is_empty()
@@ -206,6 +210,10 @@ impl Window {
         for change in &self.updates {
             update.execute(params![change.queue, change.pos, change.deliveries, change.attempts, change.due])?;
         }
+        let mut delete_range = connection.prepare_cached(schema::DELETE_RANGE)?;
+        for range in &self.delete_ranges {
+            delete_range.execute(*range)?;
+        }
         let mut delete_entry = connection.prepare_cached(schema::DELETE_ENTRY)?;
         let mut delete_body = connection.prepare_cached(schema::DELETE_BODY)?;
         for delete in &self.deletes {
@@ -273,6 +281,7 @@ impl Window {
         self.updates = failed.updates;
         self.updates.extend(newer);
         self.deletes.extend(failed.deletes);
+        self.delete_ranges.extend(failed.delete_ranges);
         self.body_drops.extend(failed.body_drops);
         self.dead_inserts.extend(failed.dead_inserts);
         self.dead_inserts.retain(|dead| alive(&dead.body));

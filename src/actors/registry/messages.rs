@@ -1,11 +1,14 @@
-//! The `ClientRegistry`'s messages: the control plane's interface to HTTP. (The actor itself follows.)
+//! The registry's messages: the control plane's interface to HTTP, to the pusher, and to the program around it.
+
+use std::time::Duration;
 
 use actix::prelude::*;
 use serde::Serialize;
 
+use crate::actors::{ActorKind, Identity};
 use crate::broker::BrokerError;
 use crate::client::{ClientId, ClientRecord, Limits, Webhook};
-use crate::secret::Secret;
+use crate::secret::{Secret, WebhookSecrets};
 use crate::time::Timestamp;
 use crate::topic::Pattern;
 
@@ -143,7 +146,8 @@ pub struct GetReadiness;
 /// The answer to [`GetReadiness`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Readiness {
-    /// Whether every actor that should run does.
+    /// Whether every actor that should run does. One client's actor that is being started or restarted does not count
+    /// until that has taken five seconds or the actor is failing: others are not to be turned away for its sake.
     pub ready: bool,
     /// Why not, one line each, at most 20.
     pub reasons: Vec<String>,
@@ -178,22 +182,38 @@ pub enum RegistryError {
     },
 }
 
-/// Spawns, supervises and restarts the per-client actors.
-#[derive(Debug)]
-pub struct ClientRegistry {}
+/// Asks for what signs a client's webhooks now.
+#[derive(Debug, Message)]
+#[rtype(result = "Option<WebhookSecrets>")]
+pub struct GetWebhookSecrets(pub ClientId);
 
-impl Actor for ClientRegistry {
-    type Context = Context<Self>;
+/// From a pusher: switches its client's webhook off. Ignored when the pusher has been replaced since, because whoever
+/// changed the webhook knows better.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct DisableWebhook {
+    /// The pusher that asks.
+    pub identity: Identity,
+    /// Why, for people: becomes `disabled_reason`.
+    pub reason: String,
 }
 
-macro_rules! placeholder_handler {
-    ($($message:ty),*) => { $(
-        impl Handler<$message> for ClientRegistry {
-            type Result = ResponseActFuture<Self, <$message as Message>::Result>;
-            fn handle(&mut self, _: $message, _: &mut Self::Context) -> Self::Result {
-                unimplemented!("replaced by the control-plane work")
-            }
-        }
-    )* };
+/// Takes no more operations, waits for those under way, and stops all actors. Answers when they have ended, or have been
+/// aborted because they did not in time.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Shutdown {
+    /// For how long to wait.
+    pub within: Duration,
 }
-placeholder_handler!(CreateClient, PatchClient, DeleteClient, RotateSecret, GetActorStates, GetReadiness);
+
+/// For tests, in the process only: makes an actor panic. Answers whether there was such an actor.
+#[doc(hidden)]
+#[derive(Debug, Message)]
+#[rtype(result = "bool")]
+pub struct InjectPanic {
+    /// Whose; `None` for the publisher.
+    pub client: Option<ClientId>,
+    /// Which of its actors.
+    pub kind: ActorKind,
+}

@@ -1,0 +1,259 @@
+//! The circuit breaker of one endpoint: stops calling what only fails, and probes it.
+//!
+//! ```text
+//!            10 failures in a row                 the open time is over
+//!  closed ───────────────────────► open ───────────────────────────────► half-open: one probe
+//!    ▲                              ▲                                       │          │
+//!    │                              └── it fails: open, twice as long ──────┘          │
+//!    └───────────────────────────────────────── it succeeds ──────────────────────────┘
+//! ```
+//!
+//! A message that waits behind it spends no attempt; the probe is an attempt like any other. A pure state machine:
+//! time and chance are handed in.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+/// Failures in a row that open the breaker.
+pub const FAILURES_TO_OPEN: u32 = 10;
+/// How long it is open at first; doubled with each probe that fails.
+const OPEN_MIN: Duration = Duration::from_secs(1);
+/// How long it is open at the most.
+const OPEN_MAX: Duration = Duration::from_secs(60);
+/// Open times vary by this much, up and down, so that endpoints of one server are not probed together.
+const JITTER: f64 = 0.2;
+
+/// What the breaker does with attempts; shown in the client's record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BreakerState {
+    /// Attempts are made.
+    Closed,
+    /// None is made for now.
+    Open,
+    /// One is made, to see.
+    HalfOpen,
+}
+
+impl BreakerState {
+    /// Every state, for metrics.
+    pub const ALL: [Self; 3] = [Self::Closed, Self::Open, Self::HalfOpen];
+
+    /// The name that the API shows.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::Open => "open",
+            Self::HalfOpen => "half_open",
+        }
+    }
+}
+
+/// Whether an attempt may be made now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Permit {
+    /// Yes; its result is reported with this ticket.
+    Go(Ticket),
+    /// Not before this time.
+    WaitUntil(Instant),
+    /// Not before the probe that is out is back.
+    WaitForProbe,
+}
+
+/// Ties a result to the state in which its attempt began: what began before the breaker opened says nothing about the
+/// endpoint now, if it failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket(u64);
+
+#[derive(Debug, Clone, Copy)]
+enum State {
+    Closed { failures: u32 },
+    Open { until: Instant },
+    HalfOpen { probing: bool },
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Breaker {
+    state: State,
+    /// Times that it opened without a success in between.
+    openings: u32,
+    /// Grows with every change of state.
+    epoch: u64,
+}
+
+impl Default for Breaker {
+    fn default() -> Self {
+        Self { state: State::Closed { failures: 0 }, openings: 0, epoch: 0 }
+    }
+}
+
+impl Breaker {
+    /// The state, as shown.
+    pub fn state(&self) -> BreakerState {
+        match self.state {
+            State::Closed { .. } => BreakerState::Closed,
+            State::Open { .. } => BreakerState::Open,
+            State::HalfOpen { .. } => BreakerState::HalfOpen,
+        }
+    }
+
+    /// Asks for an attempt. A permit that is [`Permit::Go`] must be reported by [`Breaker::succeeded`],
+    /// [`Breaker::failed`] or [`Breaker::abandoned`].
+    pub fn permit(&mut self, now: Instant) -> Permit {
+        match self.state {
+            State::Closed { .. } => {}
+            State::Open { until } if now < until => return Permit::WaitUntil(until),
+            State::HalfOpen { probing: true } => return Permit::WaitForProbe,
+            State::Open { .. } | State::HalfOpen { probing: false } => self.enter(State::HalfOpen { probing: true }),
+        }
+        Permit::Go(Ticket(self.epoch))
+    }
+
+    /// Whether [`Breaker::permit`] would wait, and until when; takes nothing.
+    pub fn opens_at(&self, now: Instant) -> Option<Instant> {
+        match self.state {
+            State::Open { until } if now < until => Some(until),
+            _ => None,
+        }
+    }
+
+    /// An attempt succeeded. The endpoint works, whenever the attempt began.
+    pub fn succeeded(&mut self) {
+        self.openings = 0;
+        match &mut self.state {
+            State::Closed { failures } => *failures = 0,
+            State::Open { .. } | State::HalfOpen { .. } => self.enter(State::Closed { failures: 0 }),
+        }
+    }
+
+    /// An attempt failed. `roll` is random, 0 to 1.
+    pub fn failed(&mut self, ticket: Ticket, now: Instant, roll: f64) {
+        if ticket.0 != self.epoch {
+            return;
+        }
+        match &mut self.state {
+            State::Closed { failures } => {
+                *failures += 1;
+                if *failures >= FAILURES_TO_OPEN {
+                    self.open(now, roll);
+                }
+            }
+            State::HalfOpen { .. } => self.open(now, roll),
+            State::Open { .. } => {}
+        }
+    }
+
+    /// An attempt was given up without a result; if it was the probe, another may be made.
+    pub fn abandoned(&mut self, ticket: Ticket) {
+        if ticket.0 == self.epoch && matches!(self.state, State::HalfOpen { .. }) {
+            self.state = State::HalfOpen { probing: false };
+        }
+    }
+
+    fn open(&mut self, now: Instant, roll: f64) {
+        let doubled = OPEN_MIN.saturating_mul(1 << self.openings.min(16)).min(OPEN_MAX);
+        let until = now + doubled.mul_f64(1.0 - JITTER + 2.0 * JITTER * roll.clamp(0.0, 1.0));
+        self.openings = self.openings.saturating_add(1);
+        self.enter(State::Open { until });
+    }
+
+    fn enter(&mut self, state: State) {
+        self.state = state;
+        self.epoch += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn go(breaker: &mut Breaker, now: Instant) -> Ticket {
+        match breaker.permit(now) {
+            Permit::Go(ticket) => ticket,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn fail(breaker: &mut Breaker, now: Instant, times: u32) {
+        for _ in 0..times {
+            let ticket = go(breaker, now);
+            breaker.failed(ticket, now, 0.5);
+        }
+    }
+
+    #[test]
+    fn opens_after_ten_failures_in_a_row_and_no_earlier() {
+        let (mut breaker, now) = (Breaker::default(), Instant::now());
+        for _ in 0..100 {
+            fail(&mut breaker, now, FAILURES_TO_OPEN - 1);
+            assert_eq!(breaker.state(), BreakerState::Closed);
+            breaker.succeeded();
+        }
+        fail(&mut breaker, now, FAILURES_TO_OPEN);
+        assert_eq!(breaker.state(), BreakerState::Open);
+        assert_eq!(breaker.permit(now), Permit::WaitUntil(now + OPEN_MIN));
+    }
+
+    #[test]
+    fn one_probe_at_a_time_and_each_failure_doubles_the_wait() {
+        let (mut breaker, mut now) = (Breaker::default(), Instant::now());
+        fail(&mut breaker, now, FAILURES_TO_OPEN);
+        for expected_s in [1, 2, 4, 8, 16, 32, 60, 60] {
+            let Permit::WaitUntil(until) = breaker.permit(now) else { panic!("open") };
+            assert_eq!(until - now, Duration::from_secs(expected_s));
+            now = until;
+            let probe = go(&mut breaker, now);
+            assert_eq!(breaker.state(), BreakerState::HalfOpen);
+            assert_eq!(breaker.permit(now), Permit::WaitForProbe);
+            breaker.failed(probe, now, 0.5);
+        }
+        now += OPEN_MAX;
+        go(&mut breaker, now);
+        breaker.succeeded();
+        assert_eq!(breaker.state(), BreakerState::Closed);
+        fail(&mut breaker, now, FAILURES_TO_OPEN);
+        assert_eq!(breaker.permit(now), Permit::WaitUntil(now + OPEN_MIN));
+    }
+
+    #[test]
+    fn late_failures_say_nothing_and_late_successes_close() {
+        let (mut breaker, now) = (Breaker::default(), Instant::now());
+        let late = [go(&mut breaker, now), go(&mut breaker, now)];
+        fail(&mut breaker, now, FAILURES_TO_OPEN);
+        let Permit::WaitUntil(until) = breaker.permit(now) else { panic!("open") };
+        breaker.failed(late[0], now, 1.0);
+        assert_eq!(breaker.opens_at(now), Some(until));
+        let probe = go(&mut breaker, until);
+        breaker.failed(late[1], until, 1.0);
+        assert_eq!(breaker.state(), BreakerState::HalfOpen);
+        breaker.succeeded();
+        assert_eq!(breaker.state(), BreakerState::Closed);
+        // The probe fails after another attempt succeeded: that is no reason to open.
+        breaker.failed(probe, until, 0.5);
+        assert_eq!(breaker.state(), BreakerState::Closed);
+    }
+
+    #[test]
+    fn a_probe_that_is_given_up_makes_room_for_another() {
+        let (mut breaker, now) = (Breaker::default(), Instant::now());
+        fail(&mut breaker, now, FAILURES_TO_OPEN);
+        let later = now + OPEN_MAX;
+        let probe = go(&mut breaker, later);
+        breaker.abandoned(probe);
+        go(&mut breaker, later);
+    }
+
+    #[test]
+    fn open_times_vary_by_a_fifth() {
+        for (roll, factor) in [(0.0, 0.8), (1.0, 1.2)] {
+            let (mut breaker, now) = (Breaker::default(), Instant::now());
+            for _ in 0..FAILURES_TO_OPEN {
+                let ticket = go(&mut breaker, now);
+                breaker.failed(ticket, now, roll);
+            }
+            assert_eq!(breaker.opens_at(now), Some(now + OPEN_MIN.mul_f64(factor)));
+        }
+    }
+}
