@@ -193,6 +193,11 @@ impl History {
         samples.push_back(sample);
     }
 
+    /// The newest sample.
+    pub fn last(&self) -> Option<Sample> {
+        self.samples.read().back().cloned()
+    }
+
     /// All samples, oldest first.
     pub fn all(&self) -> Vec<Sample> {
         self.samples.read().iter().cloned().collect()
