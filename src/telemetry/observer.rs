@@ -342,6 +342,7 @@ mod tests {
             secrets: SecretSlots::nobody(),
             incarnation: 1,
             send_limiter: None,
+            gate: Arc::default(),
         }
     }
 

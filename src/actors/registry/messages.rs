@@ -125,6 +125,24 @@ pub enum ActorState {
     Stopped,
 }
 
+impl ActorState {
+    /// Every state.
+    pub const ALL: [Self; 6] =
+        [Self::Starting, Self::Running, Self::Paused, Self::Restarting, Self::Failing, Self::Stopped];
+
+    /// The name that the API and the metrics show.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Restarting => "restarting",
+            Self::Failing => "failing",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
 /// The states of a client's actors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct ActorStates {
@@ -181,6 +199,11 @@ pub enum RegistryError {
         source: crate::db::DbError,
     },
 }
+
+/// Counts actors by kind and state, for metrics: (`forwarder`, `running`, 10). Names every pair, those with none too.
+#[derive(Debug, Message)]
+#[rtype(result = "Vec<(&'static str, &'static str, u64)>")]
+pub struct GetCensus;
 
 /// Asks for what signs a client's webhooks now.
 #[derive(Debug, Message)]

@@ -39,9 +39,9 @@ use tokio::sync::Semaphore;
 
 use self::core::Core;
 pub use messages::{
-    ActorState, ActorStates, CreateClient, Created, DeleteClient, DisableWebhook, GetActorStates, GetReadiness,
-    GetWebhookSecrets, InjectPanic, PatchClient, Patched, Readiness, RegistryError, RotateSecret, Rotated, SecretKind,
-    Shutdown,
+    ActorState, ActorStates, CreateClient, Created, DeleteClient, DisableWebhook, GetActorStates, GetCensus,
+    GetReadiness, GetWebhookSecrets, InjectPanic, PatchClient, Patched, Readiness, RegistryError, RotateSecret,
+    Rotated, SecretKind, Shutdown,
 };
 
 use super::supervision::{Arbiters, Exit, Lifeline};
@@ -255,6 +255,14 @@ impl Handler<GetActorStates> for ClientRegistry {
 
     fn handle(&mut self, GetActorStates(id): GetActorStates, _: &mut Self::Context) -> Self::Result {
         self.core.states(&id)
+    }
+}
+
+impl Handler<GetCensus> for ClientRegistry {
+    type Result = MessageResult<GetCensus>;
+
+    fn handle(&mut self, _: GetCensus, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.core.census())
     }
 }
 

@@ -27,7 +27,7 @@ impl Core {
         }
         let publisher = self.publisher.borrow().state;
         if publisher != ActorState::Running {
-            reasons.push(format!("publisher is {}", state_name(publisher)));
+            reasons.push(format!("publisher is {}", publisher.as_str()));
         }
         let clients = self.clients.borrow();
         if !self.started.get() {
@@ -48,21 +48,36 @@ impl Core {
                     ActorState::Running | ActorState::Paused | ActorState::Stopped => false,
                 };
                 if bad && reasons.len() < REASONS_MAX {
-                    reasons.push(format!("{kind} of {id} is {}", state_name(child.state)));
+                    reasons.push(format!("{kind} of {id} is {}", child.state.as_str()));
                 }
             }
         }
         Readiness { ready: reasons.is_empty(), reasons }
     }
-}
 
-fn state_name(state: ActorState) -> &'static str {
-    match state {
-        ActorState::Starting => "starting",
-        ActorState::Running => "running",
-        ActorState::Paused => "paused",
-        ActorState::Restarting => "restarting",
-        ActorState::Failing => "failing: it keeps dying",
-        ActorState::Stopped => "stopped",
+    /// See [`super::GetCensus`].
+    pub(super) fn census(&self) -> Vec<(&'static str, &'static str, u64)> {
+        let mut counts = [[0_u64; ActorState::ALL.len()]; KINDS.len()];
+        let index = |state| ActorState::ALL.iter().position(|known| *known == state).unwrap_or_default();
+        for client in self.clients.borrow().values() {
+            for (kind, counts) in ActorKind::PER_CLIENT.iter().zip(&mut counts) {
+                counts[index(client.child(*kind).state)] += 1;
+            }
+        }
+        counts[KINDS.len() - 1][index(self.publisher.borrow().state)] += 1;
+        let named = |(kind, counts): (&ActorKind, [u64; ActorState::ALL.len()])| {
+            let kind = kind.as_str();
+            ActorState::ALL.iter().zip(counts).map(move |(state, count)| (kind, state.as_str(), count))
+        };
+        KINDS.iter().zip(counts).flat_map(named).collect()
     }
 }
+
+/// Every kind: those of which each client has one, then the publisher.
+const KINDS: [ActorKind; 5] = [
+    ActorKind::PER_CLIENT[0],
+    ActorKind::PER_CLIENT[1],
+    ActorKind::PER_CLIENT[2],
+    ActorKind::PER_CLIENT[3],
+    ActorKind::Publisher,
+];
