@@ -124,8 +124,67 @@ fn run(name: &str, inboxes: usize, publishers: usize, batch: usize, seconds: u64
     db.close();
 }
 
+fn resident_mib() -> f64 {
+    let pages: f64 =
+        std::fs::read_to_string("/proc/self/statm").unwrap().split_whitespace().nth(1).unwrap().parse().unwrap();
+    pages * 4096.0 / 1048576.0
+}
+
+/// A million messages in one inbox: memory, opening, draining, and the file afterwards.
+fn deep(count: usize) {
+    let directory = tempfile::tempdir_in(".").unwrap();
+    let path = directory.path().join("backbone.db");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let open = || {
+        let db = Db::open(&path).unwrap();
+        let options = embedded::Options { dedup_window: Duration::from_secs(600) };
+        let broker = runtime.block_on(embedded::open(db.clone(), options, backbone::telemetry::new(0))).unwrap();
+        (db, broker)
+    };
+    let id = ClientId::parse("deep").unwrap();
+    let topic = Topic::parse("soar.deep").unwrap();
+    let json = format!("\"{}\"", "x".repeat(1022));
+    let body: &serde_json::value::RawValue = serde_json::from_str(&json).unwrap();
+    let (db, broker) = open();
+    runtime.block_on(async {
+        broker.declare_client(&id, &Limits::default()).await.unwrap();
+        for _ in 0..count / 1000 {
+            let messages = (0..1000).map(|_| message(&id, body, &topic)).collect();
+            broker.publish(&Queue::Inbox(id.clone()), messages).await.unwrap();
+        }
+        broker.close().await;
+    });
+    println!("deep inbox: resident with {count} queued  {:>8.0} MiB", resident_mib());
+    drop(broker);
+    db.close();
+    let started = Instant::now();
+    let (db, broker) = open();
+    println!("deep inbox: opened in                   {:>8.1} ms", started.elapsed().as_secs_f64() * 1e3);
+    let started = Instant::now();
+    let mut drained = 0;
+    while drained < count {
+        let wait = Duration::from_secs(5);
+        drained += runtime.block_on(broker.pull(&id, 1000, wait, PullMode::Auto)).unwrap().len();
+    }
+    println!(
+        "deep inbox: drained at                  {:>8.0} messages/s",
+        count as f64 / started.elapsed().as_secs_f64()
+    );
+    println!("deep inbox: resident after              {:>8.0} MiB", resident_mib());
+    runtime.block_on(broker.close());
+    println!(
+        "deep inbox: file after                  {:>8.0} MiB",
+        std::fs::metadata(&path).unwrap().len() as f64 / 1048576.0
+    );
+    drop(broker);
+    db.close();
+}
+
 fn main() {
     let seconds = std::env::var("SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3);
+    if seconds >= 3 {
+        deep(1_000_000);
+    }
     run("64 publishers, single", 1, 64, 1, seconds);
     run("8 publishers, batches of 100", 1, 8, 100, seconds);
     run("fan-out to 100 inboxes", 100, 4, 10, seconds);

@@ -9,18 +9,19 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::Addr;
 use actix_rt::task::JoinHandle;
 use actix_web::dev::ServerHandle;
+use futures_util::future::{join_all, try_join_all};
 use tokio::sync::{oneshot, watch};
 
 use crate::actors::registry::{ClientRegistry, GetCensus, RegistryParts, Shutdown};
 use crate::broker::{Broker, BrokerError, embedded};
-use crate::config::{BrokerChoice, Config};
+use crate::config::{BrokerChoice, Config, TlsFiles};
 use crate::db::{Db, DbError};
 use crate::directory::Directory;
 use crate::http;
@@ -70,6 +71,14 @@ pub enum AppError {
         /// Why.
         source: TokenSecretError,
     },
+    /// `SOAR_TLS_CERT` or `SOAR_TLS_KEY` cannot be used.
+    #[error("cannot use {path} for https: {detail}")]
+    Tls {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        detail: String,
+    },
     /// The broker cannot be opened.
     #[error("cannot open the broker: {}", crate::actors::describe(.0))]
     Broker(BrokerError),
@@ -107,8 +116,8 @@ pub struct App {
     admin_token: String,
     address: SocketAddr,
     metrics_address: Option<SocketAddr>,
-    server: ServerHandle,
-    server_end: JoinHandle<std::io::Result<()>>,
+    servers: Vec<ServerHandle>,
+    servers_end: JoinHandle<std::io::Result<()>>,
     observer: JoinHandle<()>,
     closing: watch::Sender<bool>,
 }
@@ -122,6 +131,7 @@ impl App {
         // One provider for every TLS connection in the process. A second call, by another router in it, changes nothing.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let config = Arc::new(config);
+        let tls = config.tls.as_ref().map(load_tls).transpose()?;
         // Before anything is opened: the likeliest mistake is an address that is taken.
         let (listener, address) = listen("SOAR_BIND", config.bind).await?;
         let metrics = match config.metrics_bind {
@@ -165,9 +175,8 @@ impl App {
             admin: SecretHash::of(&admin_token),
             shutdown,
         };
-        let listeners = http::Listeners { api: listener, metrics: metrics_listener };
-        let server =
-            http::start(state, listeners).map_err(|source| AppError::Start { what: "the HTTP server", source })?;
+        let servers = http::start(state, listener, metrics_listener, tls)
+            .map_err(|source| AppError::Start { what: "the HTTP server", source })?;
         let observer = observe(&broker, &directory, &telemetry, &registry);
         Ok(Self {
             config,
@@ -179,8 +188,8 @@ impl App {
             admin_token,
             address,
             metrics_address,
-            server: server.handle(),
-            server_end: actix_rt::spawn(server),
+            servers: servers.iter().map(actix_web::dev::Server::handle).collect(),
+            servers_end: actix_rt::spawn(async move { try_join_all(servers).await.map(|_| ()) }),
             observer,
             closing,
         })
@@ -276,7 +285,7 @@ impl App {
                 log::info!("{name}: shutting down; what is under way has {} s", self.config.shutdown_timeout.as_secs());
                 Ok(())
             }
-            end = &mut self.server_end => Err(AppError::Server(match end {
+            end = &mut self.servers_end => Err(AppError::Server(match end {
                 Ok(Ok(())) => "unasked".into(),
                 Ok(Err(error)) => error.to_string(),
                 Err(error) => error.to_string(),
@@ -297,9 +306,9 @@ impl App {
         self.closing.send_replace(true);
         self.observer.abort();
         // Half of the time for requests: the rest is for what makes them durable.
-        within(left() / 2, "requests", self.server.stop(true)).await;
-        if !self.server_end.is_finished() {
-            self.server_end.abort();
+        within(left() / 2, "requests", join_all(self.servers.iter().map(|server| server.stop(true)))).await;
+        if !self.servers_end.is_finished() {
+            self.servers_end.abort();
         }
         let actors = left() * 2 / 3;
         let shutdown = self.registry.send(Shutdown { within: actors });
@@ -390,6 +399,23 @@ async fn listen(variable: &'static str, address: SocketAddr) -> Result<(TcpListe
         Ok((listener.into_std()?, bound))
     };
     open().map_err(|source| AppError::Bind { variable, address, source })
+}
+
+fn load_tls(files: &TlsFiles) -> Result<rustls::ServerConfig, AppError> {
+    use rustls::pki_types::pem::PemObject as _;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let fail = |path: &Path, detail: String| AppError::Tls { path: path.to_owned(), detail };
+    let chain = CertificateDer::pem_file_iter(&files.cert)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| fail(&files.cert, error.to_string()))?;
+    if chain.is_empty() {
+        return Err(fail(&files.cert, "it has no certificate".into()));
+    }
+    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| fail(&files.key, error.to_string()))?;
+    rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .map_err(|error| fail(&files.key, error.to_string()))
 }
 
 fn make_data_dir(config: &Config) -> Result<(), AppError> {

@@ -11,10 +11,12 @@
 //! - A job may be run more than once before it is done, but takes effect at most once.
 
 mod room;
+pub mod webhooks;
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use rusqlite::Connection;
@@ -46,6 +48,10 @@ const CACHE_KIB: i32 = 8192;
 /// Free pages given back to the file system in one step; a step of 1,000 took up to 336 ms, so it is small.
 const VACUUM_PAGES_PER_STEP: u32 = 64;
 
+/// Pause between two such steps when there is nothing else to do, in milliseconds; and under load, in commits.
+const VACUUM_EVERY_MS: u64 = 5;
+const VACUUM_EVERY_COMMITS: u32 = 64;
+
 /// Free pages that are kept for reuse rather than given back: 16 MiB.
 const FREE_PAGES_KEPT: u32 = 2048;
 
@@ -63,7 +69,7 @@ pub enum DbErrorKind {
 }
 
 /// A failed read or write: kind and SQLite's own words.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{detail}")]
 pub struct DbError {
     /// What kind of failure it is.
@@ -331,7 +337,7 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread
 
 fn open_connection(path: &Path) -> Result<Connection, DbError> {
     let connection = Connection::open(path)?;
-    connection.busy_timeout(std::time::Duration::from_secs(5))?;
+    connection.busy_timeout(Duration::from_secs(5))?;
     // Page size and auto_vacuum must be set before the first table is made.
     connection.pragma_update(None, "page_size", PAGE_BYTES)?;
     connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
@@ -357,6 +363,7 @@ fn read_loop(connection: &Connection, jobs: &Mutex<mpsc::Receiver<ReadJob>>) {
 
 fn write_loop(connection: &Connection, jobs: &mpsc::Receiver<ToWriter>, standing: &OnceLock<Arc<dyn StandingJob>>) {
     let mut batch: Vec<Box<dyn WriteJob>> = Vec::new();
+    let mut space = Space::default();
     let mut open = true;
     loop {
         while batch.len() < JOBS_PER_COMMIT_MAX {
@@ -373,17 +380,17 @@ fn write_loop(connection: &Connection, jobs: &mpsc::Receiver<ToWriter>, standing
         if let Some(job) = standing.get().and_then(|standing| standing.begin()) {
             batch.insert(0, job);
         }
-        if batch.is_empty() {
-            match open.then(|| jobs.recv()) {
-                Some(Ok(ToWriter::Job(job))) => batch.push(job),
-                Some(Ok(ToWriter::Nudge)) => {}
-                Some(Err(mpsc::RecvError)) | None => break,
+        if !batch.is_empty() {
+            commit(connection, &mut batch);
+            space.after_commit(connection);
+        } else if !open {
+            break;
+        } else {
+            match jobs.recv_timeout(space.patience()) {
+                Ok(ToWriter::Job(job)) => batch.push(job),
+                Ok(ToWriter::Nudge) | Err(mpsc::RecvTimeoutError::Disconnected) => {}
+                Err(mpsc::RecvTimeoutError::Timeout) => space.give_back(connection),
             }
-            continue;
-        }
-        commit(connection, &mut batch);
-        if let Err(error) = give_back_space(connection) {
-            log::warn!("cannot give free space back to the file system: {error}");
         }
     }
     // Folds the WAL into the file, so that what is left is one file.
@@ -425,15 +432,44 @@ fn transact(connection: &Connection, jobs: &mut [Box<dyn WriteJob>]) -> Result<(
     result.map_err(DbError::from)
 }
 
-/// Returns a few free pages to the file system when there are many. Its cost is spread over commits.
-fn give_back_space(connection: &Connection) -> rusqlite::Result<()> {
-    let free: u32 = connection.prepare_cached("PRAGMA freelist_count")?.query_row([], |row| row.get(0))?;
-    if free > FREE_PAGES_KEPT {
-        let mut statement = connection.prepare(&format!("PRAGMA incremental_vacuum({VACUUM_PAGES_PER_STEP})"))?;
-        let mut rows = statement.query([])?;
-        while rows.next()?.is_some() {}
+/// Gives free pages back to the file system: when there is nothing else to do, and now and then under load.
+#[derive(Default)]
+struct Space {
+    commits: u32,
+    /// Whether there may be more free pages than are kept.
+    surplus: bool,
+}
+
+impl Space {
+    /// How long the writer may sleep before it looks at the free pages again.
+    fn patience(&self) -> Duration {
+        if self.surplus { Duration::from_millis(VACUUM_EVERY_MS) } else { Duration::from_secs(3600) }
     }
-    Ok(())
+
+    fn after_commit(&mut self, connection: &Connection) {
+        self.surplus = true;
+        self.commits += 1;
+        if self.commits.is_multiple_of(VACUUM_EVERY_COMMITS) {
+            self.give_back(connection);
+        }
+    }
+
+    fn give_back(&mut self, connection: &Connection) {
+        let step = || -> rusqlite::Result<bool> {
+            let free: u32 = connection.prepare_cached("PRAGMA freelist_count")?.query_row([], |row| row.get(0))?;
+            if free <= FREE_PAGES_KEPT {
+                return Ok(false);
+            }
+            let mut statement = connection.prepare(&format!("PRAGMA incremental_vacuum({VACUUM_PAGES_PER_STEP})"))?;
+            let mut rows = statement.query([])?;
+            while rows.next()?.is_some() {}
+            Ok(true)
+        };
+        self.surplus = step().unwrap_or_else(|error| {
+            log::warn!("cannot give free space back to the file system: {error}");
+            false
+        });
+    }
 }
 
 #[cfg(test)]
@@ -458,6 +494,28 @@ mod tests {
         assert_eq!(results.iter().filter(|r| r.is_ok()).count(), 50);
         let rows: i64 = db.read(|c| c.query_row("SELECT count(*) FROM t", [], |r| r.get(0))).await.expect("reads");
         assert_eq!(rows, 50);
+    }
+
+    #[actix_rt::test]
+    async fn freed_space_goes_back_to_the_file_system_when_idle() {
+        let (directory, db) = open();
+        let fill =
+            "CREATE TABLE t (x BLOB); WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 40000)
+            INSERT INTO t SELECT zeroblob(1000) FROM n;";
+        db.write(move |c| c.execute_batch(fill)).await.expect("fills");
+        db.write(|c| c.execute_batch("DELETE FROM t")).await.expect("empties");
+        let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).expect("the file is there");
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        // The file itself shrinks at a checkpoint; the pages are gone from it before.
+        while db.read(|c| c.query_row("PRAGMA page_count", [], |r| r.get::<_, u32>(0))).await.expect("reads")
+            > FREE_PAGES_KEPT + 100
+        {
+            assert!(std::time::Instant::now() < deadline, "the file is not given back");
+            tokio::task::yield_now().await;
+        }
+        db.close();
+        let kept = u64::from(FREE_PAGES_KEPT + 100) * u64::from(PAGE_BYTES);
+        assert!(bytes(&directory.path().join("test.db")) <= kept);
     }
 
     #[actix_rt::test]

@@ -280,12 +280,17 @@ impl Problem {
         self
     }
 
-    /// Reasons shown to whoever asks for readiness.
+    /// Not ready, for these reasons, which are shown to whoever asks.
+    pub(crate) fn not_ready(reasons: Vec<String>) -> Self {
+        Self::new(Code::BrokerUnavailable, "not ready; see `reasons`").reasons(reasons)
+    }
+
     pub(crate) fn reasons(mut self, reasons: Vec<String>) -> Self {
         self.0.reasons = reasons;
         self
     }
 
+    #[cfg(test)]
     pub(crate) fn code(&self) -> Code {
         self.0.code
     }

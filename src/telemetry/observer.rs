@@ -342,7 +342,7 @@ mod tests {
             secrets: SecretSlots::nobody(),
             incarnation: 1,
             send_limiter: None,
-            gate: Arc::default(),
+            gate: std::sync::Arc::default(),
         }
     }
 
