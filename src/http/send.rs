@@ -10,7 +10,7 @@ use utoipa::{PartialSchema, ToSchema};
 
 use super::batch::{Batch, Checked, Lines, MESSAGES_MAX};
 use super::body::{Body, Media, REQUEST_PER_MESSAGE, media};
-use super::error::Problem;
+use super::error::{Challenge, Problem};
 use super::openapi::{BodyProblems, ClientProblems, StorageProblem, Traced, UnavailableProblems};
 use super::route::{Answer, Call};
 use crate::broker::{Health, Published, Queue};
@@ -194,6 +194,8 @@ async fn into_queue(
     kind: Kind,
     messages: Vec<Message>,
 ) -> Result<Published, Problem> {
+    // A client that is being deleted is already unknown to whoever comes now. One that was let in is waited for.
+    let Some(_permit) = client.gate.enter() else { return Err(Problem::unauthorized(Challenge::BasicOrBearer)) };
     let id = client.record.client_id.clone();
     let queue = match kind {
         Kind::Topic => Queue::Outbox(id),
