@@ -53,7 +53,7 @@ impl Core {
         }
         let publisher = self.publisher.borrow().state;
         if publisher != ActorState::Running {
-            reasons.push(format!("publisher is {}", state_name(publisher)));
+            reasons.push(format!("publisher is {}", publisher.as_str()));
         }
         let clients = self.clients.borrow();
         if !self.started.get() {
@@ -74,21 +74,10 @@ impl Core {
                     ActorState::Running | ActorState::Paused | ActorState::Stopped => false,
                 };
                 if bad && reasons.len() < REASONS_MAX {
-                    reasons.push(format!("{kind} of {id} is {}", state_name(child.state)));
+                    reasons.push(format!("{kind} of {id} is {}", child.state.as_str()));
                 }
             }
         }
         Readiness { ready: reasons.is_empty(), reasons }
-    }
-}
-
-fn state_name(state: ActorState) -> &'static str {
-    match state {
-        ActorState::Starting => "starting",
-        ActorState::Running => "running",
-        ActorState::Paused => "paused",
-        ActorState::Restarting => "restarting",
-        ActorState::Failing => "failing: it keeps dying",
-        ActorState::Stopped => "stopped",
     }
 }
