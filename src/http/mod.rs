@@ -2,7 +2,7 @@
 //!
 //! # Layout
 //! - [`edge`] is around everything: request ids, problems, counters. [`route`] is a path with its methods, and what a
-//!   handler gets and returns. [`error`] is the problem; [`auth`] says who calls; [`server`] (with [`tls`]) listens.
+//!   handler gets and returns. [`error`] is the problem; [`auth`] says who calls; [`server`] listens.
 //! - [`body`], [`query`], [`fields`] read requests and name every mistake; [`item`] and [`batch`] read messages;
 //!   [`budget`] bounds what large bodies, large answers and long polls may take.
 //! - One file per resource: [`send`], [`receive`] (with [`envelopes`]), [`settle`], [`token`], [`clients`] (with
@@ -41,12 +41,13 @@ mod server;
 mod settle;
 #[cfg(test)]
 mod tests;
-mod tls;
 mod token;
 
+use std::net::TcpListener;
 use std::sync::Arc;
 
 use actix::Addr;
+use actix_web::dev::Server;
 use actix_web::web;
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -54,7 +55,7 @@ use tokio::sync::watch;
 use budget::Budget;
 use error::Problem;
 use route::{At, at};
-pub use server::{Listeners, Server, ServerHandle};
+use server::serve;
 
 use crate::actors::registry::ClientRegistry;
 use crate::broker::Broker;
@@ -142,11 +143,22 @@ fn metrics_routes() -> Vec<At> {
     vec![at("/livez").get(health::livez), at("/readyz").get(health::readyz), at("/metrics").get(health::open_metrics)]
 }
 
-/// Serves the API, by https when `SOAR_TLS_CERT` is set, and the metrics if they have a listener. Signals are the
-/// caller's; see [`Server::handle`].
+/// Serves the API on `listener`, by https when `tls` is given, and the metrics on `metrics_listener`: apart, so that
+/// Prometheus gets through when the API is full. Both are bound and listen. Returns the servers, to be awaited or
+/// spawned; each stops by its handle, gracefully within `SOAR_SHUTDOWN_TIMEOUT`. Signals are the caller's.
 ///
 /// # Errors
-/// When a listener, the certificate or the key cannot be used.
-pub fn start(state: State, listeners: Listeners) -> std::io::Result<Server> {
-    Server::start(&web::Data::new(Api::new(state)), listeners, routes, metrics_routes)
+/// When a listener cannot be used.
+pub fn start(
+    state: State,
+    listener: TcpListener,
+    metrics_listener: Option<TcpListener>,
+    tls: Option<rustls::ServerConfig>,
+) -> std::io::Result<Vec<Server>> {
+    let api = web::Data::new(Api::new(state));
+    let mut servers = vec![serve(&api, listener, tls, routes)?];
+    if let Some(listener) = metrics_listener {
+        servers.push(serve(&api, listener, None, metrics_routes)?);
+    }
+    Ok(servers)
 }

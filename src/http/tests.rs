@@ -5,13 +5,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use actix_web::dev::ServerHandle;
 use actix_web::http::StatusCode;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
-use super::{Listeners, Server, ServerHandle, State, start};
+use super::{State, start};
 use crate::actors::registry::{ClientRegistry, RegistryParts};
 use crate::broker::embedded;
 use crate::config::Config;
@@ -29,7 +30,7 @@ struct Running {
     metrics: SocketAddr,
     admin: String,
     shutdown: watch::Sender<bool>,
-    handle: ServerHandle,
+    handles: Vec<ServerHandle>,
     db: Db,
     _directory: tempfile::TempDir,
 }
@@ -75,10 +76,10 @@ async fn run() -> Running {
         shutdown: closing,
     };
     let ((api, address), (metrics_listener, metrics)) = (listener(), listener());
-    let server: Server = start(state, Listeners { api, metrics: Some(metrics_listener) }).expect("a server");
-    let handle = server.handle();
-    actix_rt::spawn(server);
-    Running { address, metrics, admin, shutdown, handle, db, _directory: directory }
+    let servers = start(state, api, Some(metrics_listener), None).expect("servers");
+    let handles = servers.iter().map(actix_web::dev::Server::handle).collect();
+    servers.into_iter().for_each(|server| drop(actix_rt::spawn(server)));
+    Running { address, metrics, admin, shutdown, handles, db, _directory: directory }
 }
 
 struct Reply {
@@ -158,7 +159,9 @@ impl Running {
     }
 
     async fn stop(self) {
-        self.handle.stop(false).await;
+        for handle in &self.handles {
+            handle.stop(false).await;
+        }
         self.db.close();
     }
 }
