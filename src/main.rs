@@ -1,3 +1,5 @@
 //! The `backbone` program.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    backbone::cli::run()
+}
