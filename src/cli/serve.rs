@@ -1,9 +1,11 @@
 //! `backbone serve`, the default command.
 
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::process::ExitCode;
 
 use clap::Args;
+
+use crate::config::Config;
 
 /// Start the router
 ///
@@ -20,8 +22,22 @@ impl Serve {
         if self.until_stdin_ends {
             end_with_stdin();
         }
-        crate::app::serve()
+        let config = match Config::from_env() {
+            Ok(config) => config,
+            // Every wrong variable on a line of its own.
+            Err(errors) => return say(&errors),
+        };
+        match crate::app::serve(config) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => say(&error),
+        }
     }
+}
+
+fn say(error: &dyn std::fmt::Display) -> ExitCode {
+    // Nobody can be told when stderr is closed; the exit code still says it.
+    let _ = writeln!(std::io::stderr(), "{error}");
+    ExitCode::FAILURE
 }
 
 /// Ends this process, as an operator would, once stdin ends: for children, whose parent holds the other end and may

@@ -11,6 +11,7 @@
 //! - A job may be run more than once before it is done, but takes effect at most once.
 
 mod room;
+pub mod webhooks;
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -68,7 +69,7 @@ pub enum DbErrorKind {
 }
 
 /// A failed read or write: kind and SQLite's own words.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{detail}")]
 pub struct DbError {
     /// What kind of failure it is.
