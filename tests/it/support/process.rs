@@ -129,8 +129,17 @@ impl RouterProcess {
 
     /// SIGTERM; does not wait.
     pub(crate) fn terminate(&self) {
+        self.signal(Signal::TERM);
+    }
+
+    /// SIGKILL; for when others still borrow it. [`RouterProcess::kill`] or `restart` must follow.
+    pub(crate) fn kill_without_waiting(&self) {
+        self.signal(Signal::KILL);
+    }
+
+    fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw).expect("a process id");
-        kill_process(pid, Signal::TERM).expect("a child can be signalled");
+        kill_process(pid, signal).expect("a child can be signalled");
     }
 
     /// Waits for its end.
