@@ -1,7 +1,7 @@
 //! `GET /receive`: a client pulls its inbox.
 //!
 //! A long poll waits inside [`crate::broker::Broker::pull`]. When its peer hangs up, the connection drops this
-//! handler's future, and with it the pull, before anything was taken; see `super::start`.
+//! handler's future, and with it the pull, before anything was taken; see [`super::server`].
 
 use std::pin::pin;
 use std::time::Duration;

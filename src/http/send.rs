@@ -156,6 +156,8 @@ async fn publish(mut call: Call, kind: Kind) -> Answer {
         let over = |wait| Problem::rate_limited(format!("more than {} messages a second", limiter.per_s()), wait);
         limiter.take(messages.len()).map_err(over)?;
     }
+    // Deleted meanwhile, the client's credentials are none any more. Until the broker has answered, the registry waits.
+    let _permit = client.gate.enter().ok_or_else(|| Problem::unauthorized(Challenge::BasicOrBearer))?;
     let accepted = messages.len();
     let published = into_queue(&call, &client, kind, messages).await?;
     let duplicates = published.duplicates.iter().filter(|seen| **seen).count();
