@@ -19,7 +19,7 @@ use actix_web::dev::ServerHandle;
 use futures_util::future::{join_all, try_join_all};
 use tokio::sync::{oneshot, watch};
 
-use crate::actors::registry::{ClientRegistry, GetCensus, RegistryParts, Shutdown};
+use crate::actors::registry::{ClientRegistry, GetActorCensus, RegistryParts, Shutdown};
 use crate::broker::{Broker, BrokerError, embedded};
 use crate::config::{BrokerChoice, Config, TlsFiles};
 use crate::db::{Db, DbError};
@@ -349,6 +349,8 @@ async fn within<T>(limit: Duration, what: &str, end: impl Future<Output = T>) ->
 pub fn serve(config: Config) -> Result<(), AppError> {
     crate::logging::init(&config.log_filter);
     raise_file_limit();
+    // Messages and hashes are the owner's alone, whatever the data directory's own mode is.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     actix_rt::System::new().block_on(async {
         let app = App::build(config).await?;
         app.log_banner();
@@ -461,7 +463,7 @@ fn observe(
     let registry = registry.clone();
     let census: telemetry::observer::Census = Arc::new(move || {
         let registry = registry.clone();
-        Box::pin(async move { registry.send(GetCensus).await.unwrap_or_default() })
+        Box::pin(async move { registry.send(GetActorCensus).await.unwrap_or_default() })
     });
     let observer = Observer::new(Arc::clone(broker), Arc::clone(directory), Arc::clone(telemetry), Some(census));
     actix_rt::spawn(observer.run())

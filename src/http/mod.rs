@@ -21,6 +21,7 @@ mod budget;
 mod client_body;
 mod client_view;
 mod clients;
+mod console;
 mod dead_letters;
 mod edge;
 mod envelopes;
@@ -28,7 +29,9 @@ mod error;
 mod fields;
 mod health;
 mod item;
+mod messages;
 mod openapi;
+mod pages;
 mod query;
 mod receive;
 mod route;
@@ -123,6 +126,11 @@ fn routes() -> Vec<At> {
         at("/clients/{id}/webhook-secret").post(secrets::rotate_webhook),
         at("/clients/{id}/dead-letters").get(dead_letters::list).delete(dead_letters::purge),
         at("/clients/{id}/dead-letters/replay").post(dead_letters::replay),
+        at("/messages/{id}").get(messages::show),
+        at("/").get(pages::console),
+        at("/docs").get(pages::docs),
+        at("/console/feed").take(console::feed),
+        at("/console/{file}").get(pages::asset),
         at("/livez").get(health::livez),
         at("/readyz").get(health::readyz),
         at("/metrics").get(health::metrics),

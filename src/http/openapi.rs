@@ -13,7 +13,7 @@ use utoipa::{IntoParams, IntoResponses, Modify, OpenApi as _, ToSchema};
 
 use super::error::{Code, FieldError};
 use super::route::{Answer, Call};
-use super::{clients, dead_letters, health, receive, secrets, send, settle, token};
+use super::{clients, console, dead_letters, health, messages, pages, receive, secrets, send, settle, token};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -28,13 +28,16 @@ use super::{clients, dead_letters, health, receive, secrets, send, settle, token
         clients::create, clients::list, clients::show, clients::patch, clients::delete,
         secrets::rotate_client, secrets::rotate_webhook,
         dead_letters::list, dead_letters::replay, dead_letters::purge,
+        messages::show,
         health::livez, health::readyz, health::metrics, openapi,
+        pages::console, pages::docs, pages::asset, console::feed,
     ),
     components(schemas(ProblemView, FieldError, Code, AckMode, receive::EnvelopeView)),
     tags(
         (name = "messages", description = "A client's calls: send, receive, settle."),
         (name = "clients", description = "Onboarding and looking after clients."),
         (name = "dead letters", description = "What could not be delivered, or not be read."),
+        (name = "pages", description = "For people: the operators' console, and this API's page."),
         (name = "operation", description = "Health, metrics, this document."),
     ),
     modifiers(&Everywhere),

@@ -130,7 +130,7 @@ impl ActorState {
     pub const ALL: [Self; 6] =
         [Self::Starting, Self::Running, Self::Paused, Self::Restarting, Self::Failing, Self::Stopped];
 
-    /// The name that the API and the metrics show.
+    /// Its name in the API and the metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Starting => "starting",
@@ -154,6 +154,20 @@ pub struct ActorStates {
     pub subscriber: ActorState,
     /// Inbox to webhook.
     pub pusher: ActorState,
+}
+
+/// Asks how all actors are, in numbers; for metrics and the console.
+#[derive(Debug, Message)]
+#[rtype(result = "ActorCensus")]
+pub struct GetActorCensus;
+
+/// The answer to [`GetActorCensus`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ActorCensus {
+    /// How many actors of a kind are in a state; those that are none are left out.
+    pub counts: Vec<(ActorKind, ActorState, u64)>,
+    /// Clients with an actor that is not simply at work, paused or not wanted; at most 1,000.
+    pub troubled: Vec<(ClientId, ActorStates)>,
 }
 
 /// Asks whether all actors run, for `/readyz`.
@@ -199,11 +213,6 @@ pub enum RegistryError {
         source: crate::db::DbError,
     },
 }
-
-/// Counts actors by kind and state, for metrics: (`forwarder`, `running`, 10). Names every pair, those with none too.
-#[derive(Debug, Message)]
-#[rtype(result = "Vec<(&'static str, &'static str, u64)>")]
-pub struct GetCensus;
 
 /// Asks for what signs a client's webhooks now.
 #[derive(Debug, Message)]

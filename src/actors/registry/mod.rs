@@ -39,9 +39,9 @@ use tokio::sync::Semaphore;
 
 use self::core::Core;
 pub use messages::{
-    ActorState, ActorStates, CreateClient, Created, DeleteClient, DisableWebhook, GetActorStates, GetCensus,
-    GetReadiness, GetWebhookSecrets, InjectPanic, PatchClient, Patched, Readiness, RegistryError, RotateSecret,
-    Rotated, SecretKind, Shutdown,
+    ActorCensus, ActorState, ActorStates, CreateClient, Created, DeleteClient, DisableWebhook, GetActorCensus,
+    GetActorStates, GetReadiness, GetWebhookSecrets, InjectPanic, PatchClient, Patched, Readiness, RegistryError,
+    RotateSecret, Rotated, SecretKind, Shutdown,
 };
 
 use super::supervision::{Arbiters, Exit, Lifeline};
@@ -258,19 +258,19 @@ impl Handler<GetActorStates> for ClientRegistry {
     }
 }
 
-impl Handler<GetCensus> for ClientRegistry {
-    type Result = MessageResult<GetCensus>;
-
-    fn handle(&mut self, _: GetCensus, _: &mut Self::Context) -> Self::Result {
-        MessageResult(self.core.census())
-    }
-}
-
 impl Handler<GetReadiness> for ClientRegistry {
     type Result = MessageResult<GetReadiness>;
 
     fn handle(&mut self, _: GetReadiness, _: &mut Self::Context) -> Self::Result {
         MessageResult(self.core.readiness())
+    }
+}
+
+impl Handler<GetActorCensus> for ClientRegistry {
+    type Result = MessageResult<GetActorCensus>;
+
+    fn handle(&mut self, _: GetActorCensus, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.core.census())
     }
 }
 
