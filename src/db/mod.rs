@@ -39,8 +39,9 @@ const READER_THREADS: usize = 2;
 /// Bytes in a database page. Larger than SQLite's 4,096: messages of 1 KiB then mostly stay off overflow pages.
 const PAGE_BYTES: u32 = 8192;
 
-/// WAL pages after which a commit checkpoints: 32 MiB. Rarer checkpoints write a hot page once instead of often.
-const CHECKPOINT_PAGES: u32 = 4096;
+/// The WAL is folded into the file when it has this part of the reserve, so that there is room for both; at most
+/// 32 MiB. Rarer checkpoints write a hot page once instead of often.
+const CHECKPOINT_PART_OF_RESERVE: u64 = 4;
 
 /// Memory for the page cache of one connection, in KiB.
 const CACHE_KIB: i32 = 8192;
@@ -343,7 +344,10 @@ fn open_connection(path: &Path) -> Result<Connection, DbError> {
     connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let wal_bytes = room::reserve_bytes(directory) / CHECKPOINT_PART_OF_RESERVE;
+    connection.pragma_update(None, "wal_autocheckpoint", wal_bytes / u64::from(PAGE_BYTES))?;
+    connection.pragma_update(None, "journal_size_limit", wal_bytes)?;
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     connection.pragma_update(None, "temp_store", "MEMORY")?;
     connection.set_prepared_statement_cache_capacity(64);
@@ -429,7 +433,14 @@ fn transact(connection: &Connection, jobs: &mut [Box<dyn WriteJob>]) -> Result<(
             log::error!("cannot roll back: {error}");
         }
     }
-    result.map_err(DbError::from)
+    let result = result.map_err(DbError::from);
+    if result.as_ref().is_err_and(|error| error.kind == DbErrorKind::Full) {
+        // What was written for the transaction lies in the WAL, and no longer counts: give it back.
+        if let Err(error) = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())) {
+            log::debug!("cannot shorten the WAL on a full disk: {error}");
+        }
+    }
+    result
 }
 
 /// Gives free pages back to the file system: when there is nothing else to do, and now and then under load.

@@ -156,8 +156,9 @@ async fn after_shutting_down_nothing_runs_and_nothing_is_begun() {
         world.create(&format!("c{n}"), &[]).await;
     }
     world.registry.send(Shutdown { within: DEADLINE }).await.expect("answers");
-    let census = world.registry.send(GetCensus).await.expect("answers");
-    let stopped: u64 = census.iter().filter(|(_, state, _)| *state == "stopped").map(|(_, _, count)| count).sum();
+    let census = world.registry.send(GetActorCensus).await.expect("answers");
+    let counts = census.counts.iter();
+    let stopped: u64 = counts.filter(|(_, state, _)| *state == ActorState::Stopped).map(|(_, _, count)| count).sum();
     assert_eq!(stopped, 20 * 4 + 1, "{census:?}");
     let refused = world.registry.send(new_client("late", &[])).await.expect("answers");
     assert!(matches!(refused, Err(RegistryError::ShuttingDown)), "{refused:?}");
