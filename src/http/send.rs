@@ -21,11 +21,11 @@ use crate::time::Timestamp;
 
 /// Bodies from this length on are checked off the workers' threads, where they would hold up other calls for tens of
 /// milliseconds.
-const CHECK_APART_BYTES: usize = 256 << 10;
+pub(crate) const CHECK_APART_BYTES: usize = 256 << 10;
 
 /// How long a publish may take. Past it the caller is told to send again; what was begun may still be delivered, once
 /// for an own id.
-const PUBLISH_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const PUBLISH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A message to send under a topic.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]

@@ -16,7 +16,7 @@ use super::route::{Answer, Call};
 use crate::broker::{PullOutcome, Receipt};
 
 /// Longest delay of a nack, in seconds: 30 days, the most that a broker keeps a message back for.
-const DELAY_S_MAX: u64 = 30 * 86_400;
+pub(crate) const DELAY_S_MAX: u64 = 30 * 86_400;
 
 /// Receipts of messages that were handled.
 #[derive(Debug, Deserialize, ToSchema)]
