@@ -39,8 +39,12 @@ const READER_THREADS: usize = 2;
 /// Bytes in a database page. Larger than SQLite's 4,096: messages of 1 KiB then mostly stay off overflow pages.
 const PAGE_BYTES: u32 = 8192;
 
-/// WAL pages after which a commit checkpoints: 32 MiB. Rarer checkpoints write a hot page once instead of often.
-const CHECKPOINT_PAGES: u32 = 4096;
+/// WAL pages after which a commit checkpoints, at most: 32 MiB. Rarer checkpoints write a hot page once instead of
+/// often. On a small disk a quarter of the reserve: the WAL and what a checkpoint makes of it must fit in there.
+const CHECKPOINT_PAGES_MAX: u32 = 4096;
+
+/// `PRAGMA auto_vacuum`: free pages are given back when asked.
+const AUTO_VACUUM_INCREMENTAL: u32 = 2;
 
 /// Memory for the page cache of one connection, in KiB.
 const CACHE_KIB: i32 = 8192;
@@ -52,8 +56,14 @@ const VACUUM_PAGES_PER_STEP: u32 = 64;
 const VACUUM_EVERY_MS: u64 = 5;
 const VACUUM_EVERY_COMMITS: u32 = 64;
 
-/// Free pages that are kept for reuse rather than given back: 16 MiB.
-const FREE_PAGES_KEPT: u32 = 2048;
+/// Free pages that are kept for reuse rather than given back, at most: 16 MiB. On a small disk an eighth of the reserve:
+/// the file system counts them as taken.
+const FREE_PAGES_KEPT_MAX: u32 = 2048;
+
+/// Pages that take up `bytes`, at least a few, at most `max`.
+fn pages(bytes: u64, max: u32) -> u32 {
+    u32::try_from(bytes / u64::from(PAGE_BYTES)).unwrap_or(max).clamp(64, max)
+}
 
 /// What kind of failure a [`DbError`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,7 +190,8 @@ impl Db {
             let reads = Arc::clone(&reads);
             threads.push(spawn(&format!("db-read-{n}"), move || read_loop(&connection, &reads))?);
         }
-        threads.push(spawn("db-write", move || write_loop(&connection, &jobs, &standing))?);
+        let space = Space::new(path);
+        threads.push(spawn("db-write", move || write_loop(&connection, space, &jobs, &standing))?);
         drop(threads);
         Ok(db)
     }
@@ -340,10 +351,14 @@ fn open_connection(path: &Path) -> Result<Connection, DbError> {
     connection.busy_timeout(Duration::from_secs(5))?;
     // Page size and auto_vacuum must be set before the first table is made.
     connection.pragma_update(None, "page_size", PAGE_BYTES)?;
-    connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
+    // Only where it is not set: setting it writes to the file, which an old one on a full disk could not take.
+    if connection.query_row("PRAGMA auto_vacuum", [], |row| row.get::<_, u32>(0))? != AUTO_VACUUM_INCREMENTAL {
+        connection.pragma_update(None, "auto_vacuum", AUTO_VACUUM_INCREMENTAL)?;
+    }
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
+    let checkpoint_pages = pages(room::reserve(path) / 4, CHECKPOINT_PAGES_MAX);
+    connection.pragma_update(None, "wal_autocheckpoint", checkpoint_pages)?;
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     connection.pragma_update(None, "temp_store", "MEMORY")?;
     connection.set_prepared_statement_cache_capacity(64);
@@ -361,9 +376,13 @@ fn read_loop(connection: &Connection, jobs: &Mutex<mpsc::Receiver<ReadJob>>) {
     }
 }
 
-fn write_loop(connection: &Connection, jobs: &mpsc::Receiver<ToWriter>, standing: &OnceLock<Arc<dyn StandingJob>>) {
+fn write_loop(
+    connection: &Connection,
+    mut space: Space,
+    jobs: &mpsc::Receiver<ToWriter>,
+    standing: &OnceLock<Arc<dyn StandingJob>>,
+) {
     let mut batch: Vec<Box<dyn WriteJob>> = Vec::new();
-    let mut space = Space::default();
     let mut open = true;
     loop {
         while batch.len() < JOBS_PER_COMMIT_MAX {
@@ -433,14 +452,19 @@ fn transact(connection: &Connection, jobs: &mut [Box<dyn WriteJob>]) -> Result<(
 }
 
 /// Gives free pages back to the file system: when there is nothing else to do, and now and then under load.
-#[derive(Default)]
 struct Space {
+    /// Free pages that are kept.
+    kept: u32,
     commits: u32,
     /// Whether there may be more free pages than are kept.
     surplus: bool,
 }
 
 impl Space {
+    fn new(path: &Path) -> Self {
+        Self { kept: pages(room::reserve(path) / 8, FREE_PAGES_KEPT_MAX), commits: 0, surplus: false }
+    }
+
     /// How long the writer may sleep before it looks at the free pages again.
     fn patience(&self) -> Duration {
         if self.surplus { Duration::from_millis(VACUUM_EVERY_MS) } else { Duration::from_secs(3600) }
@@ -457,7 +481,7 @@ impl Space {
     fn give_back(&mut self, connection: &Connection) {
         let step = || -> rusqlite::Result<bool> {
             let free: u32 = connection.prepare_cached("PRAGMA freelist_count")?.query_row([], |row| row.get(0))?;
-            if free <= FREE_PAGES_KEPT {
+            if free <= self.kept {
                 return Ok(false);
             }
             let mut statement = connection.prepare(&format!("PRAGMA incremental_vacuum({VACUUM_PAGES_PER_STEP})"))?;
@@ -508,13 +532,13 @@ mod tests {
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         // The file itself shrinks at a checkpoint; the pages are gone from it before.
         while db.read(|c| c.query_row("PRAGMA page_count", [], |r| r.get::<_, u32>(0))).await.expect("reads")
-            > FREE_PAGES_KEPT + 100
+            > FREE_PAGES_KEPT_MAX + 100
         {
             assert!(std::time::Instant::now() < deadline, "the file is not given back");
             tokio::task::yield_now().await;
         }
         db.close();
-        let kept = u64::from(FREE_PAGES_KEPT + 100) * u64::from(PAGE_BYTES);
+        let kept = u64::from(FREE_PAGES_KEPT_MAX + 100) * u64::from(PAGE_BYTES);
         assert!(bytes(&directory.path().join("test.db")) <= kept);
     }
 
