@@ -349,6 +349,8 @@ async fn within<T>(limit: Duration, what: &str, end: impl Future<Output = T>) ->
 pub fn serve(config: Config) -> Result<(), AppError> {
     crate::logging::init(&config.log_filter);
     raise_file_limit();
+    // Messages and hashes are the owner's alone, whatever the data directory's own mode is.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     actix_rt::System::new().block_on(async {
         let app = App::build(config).await?;
         app.log_banner();

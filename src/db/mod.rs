@@ -39,9 +39,9 @@ const READER_THREADS: usize = 2;
 /// Bytes in a database page. Larger than SQLite's 4,096: messages of 1 KiB then mostly stay off overflow pages.
 const PAGE_BYTES: u32 = 8192;
 
-/// WAL pages after which a commit checkpoints, at most: 32 MiB. Rarer checkpoints write a hot page once instead of
-/// often. On a small disk a quarter of the reserve: the WAL and what a checkpoint makes of it must fit in there.
-const CHECKPOINT_PAGES_MAX: u32 = 4096;
+/// The WAL is folded into the file when it has this part of the reserve, so that there is room for both; at most
+/// 32 MiB. Rarer checkpoints write a hot page once instead of often.
+const CHECKPOINT_PART_OF_RESERVE: u64 = 4;
 
 /// `PRAGMA auto_vacuum`: free pages are given back when asked.
 const AUTO_VACUUM_INCREMENTAL: u32 = 2;
@@ -56,14 +56,9 @@ const VACUUM_PAGES_PER_STEP: u32 = 64;
 const VACUUM_EVERY_MS: u64 = 5;
 const VACUUM_EVERY_COMMITS: u32 = 64;
 
-/// Free pages that are kept for reuse rather than given back, at most: 16 MiB. On a small disk an eighth of the reserve:
-/// the file system counts them as taken.
-const FREE_PAGES_KEPT_MAX: u32 = 2048;
-
-/// Pages that take up `bytes`, at least a few, at most `max`.
-fn pages(bytes: u64, max: u32) -> u32 {
-    u32::try_from(bytes / u64::from(PAGE_BYTES)).unwrap_or(max).clamp(64, max)
-}
+/// Free pages are kept for reuse rather than given back up to this part of the reserve: at most 16 MiB, and less on a
+/// small disk, because the file system counts them as taken.
+const KEPT_PART_OF_RESERVE: u64 = 8;
 
 /// What kind of failure a [`DbError`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -346,6 +341,10 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread
         .map_err(|error| DbError { kind: DbErrorKind::Internal, detail: format!("start thread {name}: {error}") })
 }
 
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 fn open_connection(path: &Path) -> Result<Connection, DbError> {
     let connection = Connection::open(path)?;
     connection.busy_timeout(Duration::from_secs(5))?;
@@ -357,8 +356,9 @@ fn open_connection(path: &Path) -> Result<Connection, DbError> {
     }
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    let checkpoint_pages = pages(room::reserve(path) / 4, CHECKPOINT_PAGES_MAX);
-    connection.pragma_update(None, "wal_autocheckpoint", checkpoint_pages)?;
+    let wal_bytes = room::reserve_bytes(directory_of(path)) / CHECKPOINT_PART_OF_RESERVE;
+    connection.pragma_update(None, "wal_autocheckpoint", wal_bytes / u64::from(PAGE_BYTES))?;
+    connection.pragma_update(None, "journal_size_limit", wal_bytes)?;
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     connection.pragma_update(None, "temp_store", "MEMORY")?;
     connection.set_prepared_statement_cache_capacity(64);
@@ -448,13 +448,20 @@ fn transact(connection: &Connection, jobs: &mut [Box<dyn WriteJob>]) -> Result<(
             log::error!("cannot roll back: {error}");
         }
     }
-    result.map_err(DbError::from)
+    let result = result.map_err(DbError::from);
+    if result.as_ref().is_err_and(|error| error.kind == DbErrorKind::Full) {
+        // What was written for the transaction lies in the WAL, and no longer counts: give it back.
+        if let Err(error) = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())) {
+            log::debug!("cannot shorten the WAL on a full disk: {error}");
+        }
+    }
+    result
 }
 
 /// Gives free pages back to the file system: when there is nothing else to do, and now and then under load.
 struct Space {
     /// Free pages that are kept.
-    kept: u32,
+    kept: u64,
     commits: u32,
     /// Whether there may be more free pages than are kept.
     surplus: bool,
@@ -462,7 +469,8 @@ struct Space {
 
 impl Space {
     fn new(path: &Path) -> Self {
-        Self { kept: pages(room::reserve(path) / 8, FREE_PAGES_KEPT_MAX), commits: 0, surplus: false }
+        let kept = room::reserve_bytes(directory_of(path)) / KEPT_PART_OF_RESERVE / u64::from(PAGE_BYTES);
+        Self { kept, commits: 0, surplus: false }
     }
 
     /// How long the writer may sleep before it looks at the free pages again.
@@ -480,7 +488,7 @@ impl Space {
 
     fn give_back(&mut self, connection: &Connection) {
         let step = || -> rusqlite::Result<bool> {
-            let free: u32 = connection.prepare_cached("PRAGMA freelist_count")?.query_row([], |row| row.get(0))?;
+            let free: u64 = connection.prepare_cached("PRAGMA freelist_count")?.query_row([], |row| row.get(0))?;
             if free <= self.kept {
                 return Ok(false);
             }
@@ -529,16 +537,17 @@ mod tests {
         db.write(move |c| c.execute_batch(fill)).await.expect("fills");
         db.write(|c| c.execute_batch("DELETE FROM t")).await.expect("empties");
         let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).expect("the file is there");
+        let kept = Space::new(&directory.path().join("test.db")).kept;
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         // The file itself shrinks at a checkpoint; the pages are gone from it before.
-        while db.read(|c| c.query_row("PRAGMA page_count", [], |r| r.get::<_, u32>(0))).await.expect("reads")
-            > FREE_PAGES_KEPT_MAX + 100
+        while db.read(|c| c.query_row("PRAGMA page_count", [], |r| r.get::<_, u64>(0))).await.expect("reads")
+            > kept + 100
         {
             assert!(std::time::Instant::now() < deadline, "the file is not given back");
             tokio::task::yield_now().await;
         }
         db.close();
-        let kept = u64::from(FREE_PAGES_KEPT_MAX + 100) * u64::from(PAGE_BYTES);
+        let kept = (kept + 100) * u64::from(PAGE_BYTES);
         assert!(bytes(&directory.path().join("test.db")) <= kept);
     }
 

@@ -1,8 +1,4 @@
 //! How much room the disk has: a reserve is kept, so that a full disk refuses senders before it stops receivers.
-//!
-//! What SQLite takes besides must fit into the reserve: a WAL, and the growth of the file when a checkpoint moves that
-//! WAL into it. On a small disk both are kept small in proportion, and so are the free pages that are not given back,
-//! which the file system counts as taken.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,7 +21,7 @@ pub(super) struct Room {
 
 impl Room {
     pub(super) fn new(file: &Path) -> Self {
-        let directory = directory_of(file).to_owned();
+        let directory = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
         let there = AtomicBool::new(has_reserve(&directory));
         Self { directory, since: Instant::now(), checked_at_ms: AtomicU64::new(0), there }
     }
@@ -41,19 +37,16 @@ impl Room {
     }
 }
 
-/// Bytes of the reserve on the file system that holds `file`.
-pub(super) fn reserve(file: &Path) -> u64 {
-    // A file system that cannot say how large it is will say when it is full.
-    let total = rustix::fs::statvfs(directory_of(file)).map_or(u64::MAX, |stat| stat.f_blocks * stat.f_frsize);
-    reserve_of(total)
+/// What is kept free on the file system of `directory`, in bytes; the most when it cannot say how large it is.
+pub(super) fn reserve_bytes(directory: &Path) -> u64 {
+    match rustix::fs::statvfs(directory) {
+        Ok(stat) => reserve_of(stat.f_blocks * stat.f_frsize),
+        Err(_) => RESERVE_MAX_BYTES,
+    }
 }
 
 fn reserve_of(total: u64) -> u64 {
     (total / 20).clamp(RESERVE_MIN_BYTES, RESERVE_MAX_BYTES)
-}
-
-fn directory_of(file: &Path) -> &Path {
-    file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 fn has_reserve(directory: &Path) -> bool {

@@ -118,7 +118,7 @@ impl Batch {
     /// Checks one message; `index` is its place in the request, when there can be several.
     fn add(&mut self, index: Option<usize>, item: Item<'_>) {
         self.seen += 1;
-        if self.seen > MESSAGES_MAX {
+        if self.seen > MESSAGES_MAX && self.errors.is_empty() {
             self.refuse(Problem::too_large(format!("a request takes at most {MESSAGES_MAX} messages; send several")));
             return;
         }
