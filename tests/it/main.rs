@@ -19,3 +19,5 @@ mod http_clients;
 mod http_problems;
 mod http_receive;
 mod http_send;
+mod webhook_push;
+mod webhook_send;

@@ -8,6 +8,7 @@
 #[macro_use]
 pub(crate) mod fixture;
 pub(crate) mod app;
+pub(crate) mod endpoint;
 pub(crate) mod env;
 pub(crate) mod http;
 pub(crate) mod memory;
