@@ -38,6 +38,7 @@ use crate::client::ClientId;
 use crate::directory::Directory;
 use crate::telemetry::Telemetry;
 
+pub(crate) use pipeline::describe;
 use registry::ClientRegistry;
 use supervision::Exit;
 
@@ -179,11 +180,9 @@ impl Shared {
         self.report(identity.clone(), ChildNews::Waiting);
     }
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "bounded by the number of actors, each of which has a few events at most under way; when the registry \
-                  is gone, nobody needs to know"
-    )]
+    /// Never waits, whatever is in the registry's mailbox: that is bounded by the number of actors, each of which has a
+    /// few events at most under way. When the registry is gone, nobody needs to know.
+    #[expect(clippy::disallowed_methods, reason = "bounded, as said; a report must not wait")]
     pub(crate) fn report(&self, identity: Identity, what: ChildNews) {
         self.registry.do_send(ChildEvent { identity, what });
     }

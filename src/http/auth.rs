@@ -35,7 +35,10 @@ pub(crate) enum Who {
 #[derive(Debug, PartialEq, Eq)]
 enum Credentials<'a> {
     None,
-    Client { id: Cow<'a, str>, secret: Cow<'a, str> },
+    Client {
+        id: Cow<'a, str>,
+        secret: Cow<'a, str>,
+    },
     Bearer(&'a str),
     /// An `Authorization` header that is neither.
     Unreadable,
@@ -46,7 +49,9 @@ impl Call {
     pub(crate) fn client(&self) -> Result<Arc<ClientEntry>, Problem> {
         match self.identify(Challenge::BasicOrBearer)? {
             Who::Client(entry) => Ok(entry),
-            Who::Admin => Err(Problem::forbidden("this is a client's call; use a client's credentials, not the admin's")),
+            Who::Admin => {
+                Err(Problem::forbidden("this is a client's call; use a client's credentials, not the admin's"))
+            }
         }
     }
 
@@ -104,7 +109,7 @@ impl Call {
                 if (SecretSlots { current: state.admin, previous: None }).verify(token, now) {
                     return Some(Who::Admin);
                 }
-                let claims = state.tokens.verify(token, now)?;
+                let claims = state.tokens.verify(token, now).ok()?;
                 let entry = state.directory.get(claims.client_id.as_str())?;
                 (entry.incarnation == claims.incarnation).then_some(Who::Client(entry))
             }

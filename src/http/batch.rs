@@ -15,20 +15,12 @@ use super::error::{Errors, Problem};
 use super::item::{Item, ItemVisitor, Members, is_too_deep, text};
 use crate::client::ClientId;
 use crate::envelope::{Draft, Message, MessageId};
+use crate::intake::Kind;
 use crate::time::Timestamp;
 use crate::topic::Topic;
 
 /// Most messages in one request. Each costs some hundred bytes besides its own, so bytes alone bound nothing.
 pub(crate) const MESSAGES_MAX: usize = 100_000;
-
-/// Which call a batch came by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// `POST /send`: each message has a topic.
-    Topic,
-    /// `POST /notify`: none has; a member of that name is as unknown as any other.
-    Broadcast,
-}
 
 /// Messages being read and checked.
 pub(crate) struct Batch {

@@ -93,10 +93,8 @@ impl Child {
                 if !life.ending {
                     life.ending = true;
                     // A mailbox that is full of control has somebody in it who does not answer.
-                    if life.control.try_send(Control::Stop).is_err()
-                        && let Some(lifeline) = life.lifeline.take()
-                    {
-                        lifeline.cut();
+                    if life.control.try_send(Control::Stop).is_err() {
+                        self.cut();
                     }
                 }
                 true

@@ -39,9 +39,9 @@ use tokio::sync::Semaphore;
 
 use self::core::Core;
 pub use messages::{
-    ActorState, ActorStates, CreateClient, Created, DeleteClient, DisableWebhook, GetActorStates, GetReadiness,
-    GetWebhookSecrets, InjectPanic, PatchClient, Patched, Readiness, RegistryError, RotateSecret, Rotated, SecretKind,
-    Shutdown,
+    ActorCensus, ActorState, ActorStates, CreateClient, Created, DeleteClient, DisableWebhook, GetActorCensus,
+    GetActorStates, GetReadiness, GetWebhookSecrets, InjectPanic, PatchClient, Patched, Readiness, RegistryError,
+    RotateSecret, Rotated, SecretKind, Shutdown,
 };
 
 use super::supervision::{Arbiters, Exit, Lifeline};
@@ -263,6 +263,14 @@ impl Handler<GetReadiness> for ClientRegistry {
 
     fn handle(&mut self, _: GetReadiness, _: &mut Self::Context) -> Self::Result {
         MessageResult(self.core.readiness())
+    }
+}
+
+impl Handler<GetActorCensus> for ClientRegistry {
+    type Result = MessageResult<GetActorCensus>;
+
+    fn handle(&mut self, _: GetActorCensus, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.core.census())
     }
 }
 

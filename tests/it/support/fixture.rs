@@ -52,6 +52,7 @@ macro_rules! broker_tests {
     };
     (@on $module:ident $kind:ident [$($name:ident: $fixture:ty,)*]) => {
         mod $module {
+            #[allow(unused_imports, reason = "the fixture's type may be named by its whole path")]
             use super::*;
             $(
                 #[actix_rt::test]
