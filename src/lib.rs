@@ -19,3 +19,6 @@ pub mod time;
 pub mod token;
 pub mod topic;
 pub mod webhook;
+
+/// This version, as the banner and the API name it.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -251,7 +251,12 @@ const TABLES: &str = "
 
 /// The version of a component's tables in this file; makes them, as `version`, when there are none. Each component of
 /// the file has a version of its own here, because `PRAGMA user_version` is one for the whole file.
-fn schema_version(connection: &Connection, component: &str, version: u32, tables: &str) -> rusqlite::Result<u32> {
+pub(crate) fn schema_version(
+    connection: &Connection,
+    component: &str,
+    version: u32,
+    tables: &str,
+) -> rusqlite::Result<u32> {
     connection.execute_batch(
         "CREATE TABLE IF NOT EXISTS schema (component TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID",
     )?;

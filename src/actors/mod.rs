@@ -22,6 +22,7 @@ mod broadcaster;
 mod forwarder;
 mod pipeline;
 mod publisher;
+pub mod pusher;
 pub mod registry;
 mod subscriber;
 pub mod supervision;
@@ -37,6 +38,7 @@ use crate::client::ClientId;
 use crate::directory::Directory;
 use crate::telemetry::Telemetry;
 
+pub(crate) use pipeline::describe;
 use registry::ClientRegistry;
 use supervision::Exit;
 
@@ -178,11 +180,9 @@ impl Shared {
         self.report(identity.clone(), ChildNews::Waiting);
     }
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "bounded by the number of actors, each of which has a few events at most under way; when the registry \
-                  is gone, nobody needs to know"
-    )]
+    /// Never waits, whatever is in the registry's mailbox: that is bounded by the number of actors, each of which has a
+    /// few events at most under way. When the registry is gone, nobody needs to know.
+    #[expect(clippy::disallowed_methods, reason = "bounded by the number of actors, as said above")]
     pub(crate) fn report(&self, identity: Identity, what: ChildNews) {
         self.registry.do_send(ChildEvent { identity, what });
     }

@@ -115,7 +115,7 @@ impl<S: Stage> Pipeline<S> {
 }
 
 /// An error with its causes.
-pub(super) fn describe(error: &BrokerError) -> String {
+pub(crate) fn describe(error: &BrokerError) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {

@@ -15,7 +15,7 @@ use super::route::Call;
 use crate::client::ClientId;
 
 /// Longest body of a call that changes settings, in bytes.
-pub(crate) const SETTINGS_BYTES_MAX: usize = 1 << 20;
+pub(crate) const SETTINGS_BYTES_MAX: usize = 4 << 20;
 
 /// Longest list of receipts or dead-letter ids, in bytes of the body.
 pub(crate) const LIST_BYTES_MAX: usize = 2 << 20;
@@ -85,7 +85,7 @@ impl Body {
     pub(crate) async fn open(call: &mut Call, limit: usize, client: Option<&ClientId>) -> Result<Self, Problem> {
         let declared = call.request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         let mut body = Self {
-            payload: call.payload.take(),
+            payload: std::mem::replace(&mut call.payload, Payload::None),
             limit,
             declared,
             read: 0,
@@ -194,7 +194,8 @@ mod tests {
 
     #[test]
     fn content_types_are_compared_by_their_essence() {
-        for json in ["application/json", "Application/JSON", "application/json; charset=utf-8", "application/json;a=b"] {
+        for json in ["application/json", "Application/JSON", "application/json; charset=utf-8", "application/json;a=b"]
+        {
             assert_eq!(media_of(json), Some(Media::Json), "{json}");
         }
         assert_eq!(media_of("application/x-ndjson"), Some(Media::NdJson));
@@ -216,7 +217,8 @@ mod tests {
     #[test]
     fn hostile_json_is_a_400() {
         let deep = "[".repeat(100_000);
-        for body in [b"".as_slice(), b"{", b"\xff", b"{\"a\":\"\xc3\x28\"}", b"{\"a\":\"\0\"}", b"nul", deep.as_bytes()] {
+        for body in [b"".as_slice(), b"{", b"\xff", b"{\"a\":\"\xc3\x28\"}", b"{\"a\":\"\0\"}", b"nul", deep.as_bytes()]
+        {
             assert_eq!(object(body).expect_err("not JSON").code(), Code::InvalidJson);
         }
         assert_eq!(object(b"[]").expect_err("not an object").code(), Code::Invalid);

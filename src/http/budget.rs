@@ -48,12 +48,15 @@ const ANSWERS_MAX_BYTES: usize = 256 << 20;
 const POLLS_PER_CLIENT: usize = 1_000;
 const POLLS_MAX: usize = 10_000;
 
-/// Shares kept before idle ones are looked for.
+/// Shares kept before idle ones are looked for; more when more are in use.
 const SHARES_KEPT: usize = 1_024;
 
 /// See the module.
 pub(crate) struct Budget {
     shares: DashMap<ClientId, Arc<Share>>,
+    /// How many shares there may be before idle ones are looked for: twice as many as were in use the last time, so
+    /// that looking costs the same for each new share however many there are.
+    shares_kept: AtomicUsize,
     share_kib: usize,
     request_bytes_max: usize,
     bodies: Arc<Semaphore>,
@@ -76,6 +79,7 @@ impl Budget {
         let share_kib = BODY_SHARE_BYTES_MIN.max(worst_cost(request_bytes_max)).div_ceil(1024);
         Self {
             shares: DashMap::new(),
+            shares_kept: AtomicUsize::new(SHARES_KEPT),
             share_kib,
             request_bytes_max,
             bodies: Arc::new(Semaphore::new((share_kib * BODY_SHARES).min(Semaphore::MAX_PERMITS))),
@@ -89,9 +93,10 @@ impl Budget {
         if let Some(share) = self.shares.get(client) {
             return Arc::clone(&share);
         }
-        if self.shares.len() >= SHARES_KEPT {
+        if self.shares.len() >= self.shares_kept.load(Ordering::Relaxed) {
             // Only the map holds an idle one. A client whose share goes just now gets a fresh, empty one.
             self.shares.retain(|_, share| Arc::strong_count(share) > 1);
+            self.shares_kept.store(SHARES_KEPT.max(self.shares.len() * 2), Ordering::Relaxed);
         }
         let fresh = || {
             Arc::new(Share {

@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::future::{Ready, ready};
 
+use actix_web::HttpMessage as _;
 use actix_web::body::{BoxBody, EitherBody, MessageBody};
 use actix_web::dev::{Service, ServiceRequest, ServiceResponse, Transform, forward_ready};
-use actix_web::http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use actix_web::http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use actix_web::http::{Method, StatusCode};
 use futures_util::future::LocalBoxFuture;
 use prometheus::{IntCounter, IntCounterVec};
@@ -44,6 +45,9 @@ impl RouteCounters {
         }
     }
 }
+
+/// The id of a request that becomes a connection, in its extensions.
+pub(crate) struct RequestId(pub(crate) HeaderValue);
 
 /// The middleware. See the module.
 pub(crate) struct Edge {
@@ -92,17 +96,23 @@ where
 
     fn call(&self, request: ServiceRequest) -> Self::Future {
         let request_id = request_id(request.headers());
+        if request.headers().contains_key(UPGRADE) {
+            // A connection that stays tells of its troubles later, under the same id.
+            request.extensions_mut().insert(RequestId(request_id.clone()));
+        }
         let unmatched = std::rc::Rc::clone(&self.unmatched);
         let answer = self.service.call(request);
         Box::pin(async move { Ok(finish(answer.await?, request_id, &unmatched)) })
     }
 }
 
-/// The caller's own request id, when it is harmless in a log, or a fresh one.
+/// The caller's own request id, when it is harmless wherever it is shown, or a fresh one.
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     if let Some(own) = headers.get(&REQUEST_ID) {
         let text = own.as_bytes();
-        if (1..=REQUEST_ID_CHARS_MAX).contains(&text.len()) && text.iter().all(u8::is_ascii_graphic) {
+        if (1..=REQUEST_ID_CHARS_MAX).contains(&text.len())
+            && text.iter().all(|b| b.is_ascii_alphanumeric() || b"-_.:+/=".contains(b))
+        {
             return own.clone();
         }
     }
@@ -195,7 +205,7 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert(REQUEST_ID, HeaderValue::from_static("my-id_7"));
         assert_eq!(request_id(&headers), "my-id_7");
-        for harmful in ["", "two words", &"x".repeat(129)] {
+        for harmful in ["", "two words", "<script>", "\"", &"x".repeat(129)] {
             headers.insert(REQUEST_ID, HeaderValue::from_str(harmful).expect("a header value"));
             assert_eq!(request_id(&headers).len(), 36, "{harmful}");
         }

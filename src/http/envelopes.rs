@@ -158,12 +158,8 @@ mod tests {
     use crate::time::Timestamp;
 
     fn pulled(json: &str, receipt: Option<&str>) -> Pulled {
-        let draft = Draft {
-            id: None,
-            topic: None,
-            message: serde_json::from_str(json).expect("test JSON"),
-            traceparent: None,
-        };
+        let draft =
+            Draft { id: None, topic: None, message: serde_json::from_str(json).expect("test JSON"), traceparent: None };
         let sender = ClientId::parse("a").expect("test client");
         let message = Arc::new(Message::accept(&sender, draft, Timestamp::from_millis(0)));
         Pulled { message, deliveries: 2, receipt: receipt.map(|receipt| Receipt(receipt.into())) }

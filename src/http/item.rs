@@ -127,11 +127,7 @@ impl<'de> Deserialize<'de> for Item<'de> {
 /// The text of a raw JSON string; `None` when it is another type, or no text (a lone surrogate).
 pub(crate) fn text(raw: &RawValue) -> Option<Cow<'_, str>> {
     let inner = raw.get().strip_prefix('"')?.strip_suffix('"')?;
-    if inner.contains('\\') {
-        serde_json::from_str(raw.get()).ok().map(Cow::Owned)
-    } else {
-        Some(Cow::Borrowed(inner))
-    }
+    if inner.contains('\\') { serde_json::from_str(raw.get()).ok().map(Cow::Owned) } else { Some(Cow::Borrowed(inner)) }
 }
 
 /// Whether a JSON value is nested deeper than [`DEPTH_MAX`]. Raw values are read without recursion, so nothing else

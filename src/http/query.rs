@@ -60,6 +60,22 @@ impl Query {
         }
     }
 
+    /// Text as it is.
+    pub(crate) fn text(&mut self, name: &str) -> Option<String> {
+        self.take(name)
+    }
+
+    /// Text that must be read as something.
+    pub(crate) fn parsed<T>(&mut self, name: &str, read: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+        match read(&self.take(name)?) {
+            Ok(value) => Some(value),
+            Err(detail) => {
+                self.errors.add(name, detail);
+                None
+            }
+        }
+    }
+
     /// A paging cursor, as a former page gave it.
     pub(crate) fn cursor(&mut self, name: &str, is_one: impl Fn(&str) -> bool) -> Option<String> {
         let text = self.take(name)?;

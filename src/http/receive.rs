@@ -1,7 +1,7 @@
 //! `GET /receive`: a client pulls its inbox.
 //!
 //! A long poll waits inside [`crate::broker::Broker::pull`]. When its peer hangs up, the connection drops this
-//! handler's future, and with it the pull, before anything was taken; see `super::start`.
+//! handler's future, and with it the pull, before anything was taken; see [`super::server`].
 
 use std::pin::pin;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use super::error::{Code, Problem};
 use super::openapi::{ClientProblems, InvalidProblem, PulledProblem, UnavailableProblems};
 use super::query::Query;
 use super::route::{Answer, Call};
-use crate::broker::{Broker, BrokerError, Health, PullMode, Pulled};
+use crate::broker::{BrokerError, Health, PullMode, Pulled};
 use crate::client::ClientRecord;
 
 /// What a pull that has already taken something gets to finish in when the backbone stops, so that its batch is
@@ -24,15 +24,32 @@ use crate::client::ClientRecord;
 const CLOSING_GRACE: Duration = Duration::from_millis(100);
 
 /// What a client receives.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(ToSchema, Serialize)]
+#[allow(dead_code, reason = "describes the answer; it is written from ready envelopes")]
 pub(crate) struct Messages {
     /// Oldest first; empty when there is none.
     messages: Vec<ReceivedMessage>,
 }
 
 /// An envelope, and what settles it.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(ToSchema, Serialize)]
+#[allow(dead_code, reason = "describes the answer; it is written from ready envelopes")]
 pub(crate) struct ReceivedMessage {
+    #[serde(flatten)]
+    envelope: EnvelopeView,
+    /// Settles this delivery by `POST /ack` or `POST /nack`. With `ack=manual` only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    receipt: Option<String>,
+    /// How often it was handed out, this time included.
+    #[schema(minimum = 1, example = 1)]
+    deliveries: u32,
+}
+
+/// What a client receives of a message.
+#[derive(ToSchema, Serialize)]
+#[schema(as = Envelope)]
+#[allow(dead_code, reason = "describes the answer; it is written from ready envelopes")]
+pub(crate) struct EnvelopeView {
     /// The same on every copy and every retry: deduplicate on `sender` and `id`.
     #[schema(example = "01937b5e-7c1c-7a53-8a3e-0d6f3a4b5c6d")]
     id: String,
@@ -52,12 +69,6 @@ pub(crate) struct ReceivedMessage {
     /// Byte for byte what was sent.
     #[schema(value_type = Value)]
     message: serde_json::Value,
-    /// Settles this delivery by `POST /ack` or `POST /nack`. With `ack=manual` only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    receipt: Option<String>,
-    /// How often it was handed out, this time included.
-    #[schema(minimum = 1, example = 1)]
-    deliveries: u32,
 }
 
 /// Receive messages.

@@ -129,7 +129,9 @@ impl At {
         for (_, route) in self.methods {
             resource = resource.route(route);
         }
-        app.service(resource.default_service(web::to(move |request: HttpRequest| ready(other_method(&request, &allow)))));
+        app.service(
+            resource.default_service(web::to(move |request: HttpRequest| ready(other_method(&request, &allow)))),
+        );
     }
 }
 

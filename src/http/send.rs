@@ -3,39 +3,46 @@
 use std::time::Duration;
 
 use actix_web::HttpResponse;
-use actix_web::http::header::HeaderMap;
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::openapi::schema::{ArrayBuilder, OneOfBuilder};
+use utoipa::openapi::{Ref, RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
-use super::batch::{Batch, Checked, Kind, Lines};
+use super::batch::{Batch, Checked, Lines, MESSAGES_MAX};
 use super::body::{Body, Media, REQUEST_PER_MESSAGE, media};
-use super::error::Problem;
-use super::openapi::{Problems, Traced};
+use super::error::{Challenge, Problem};
+use super::openapi::{BodyProblems, ClientProblems, StorageProblem, Traced, UnavailableProblems};
 use super::route::{Answer, Call};
 use crate::broker::{Health, Published, Queue};
 use crate::directory::ClientEntry;
 use crate::envelope::Message;
+use crate::intake::{Kind, parse_traceparent};
 use crate::time::Timestamp;
 
 /// Bodies from this length on are checked off the workers' threads, where they would hold up other calls for tens of
 /// milliseconds.
-const CHECK_APART_BYTES: usize = 256 << 10;
+pub(crate) const CHECK_APART_BYTES: usize = 256 << 10;
 
 /// How long a publish may take. Past it the caller is told to send again; what was begun may still be delivered, once
 /// for an own id.
-const PUBLISH_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const PUBLISH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A message to send under a topic.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct SendMessage {
     /// Dot-separated words of `A-Z a-z 0-9 _ -`, at most 255 bytes.
-    #[schema(max_length = 255, min_length = 1, pattern = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$", example = "soar.noc.slocum")]
+    #[schema(
+        max_length = 255,
+        min_length = 1,
+        pattern = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$",
+        example = "soar.noc.slocum"
+    )]
     topic: String,
     /// Any JSON value; passed on byte for byte. At most `SOAR_MAX_MESSAGE_BYTES` bytes long and 128 levels deep.
     #[schema(value_type = Value, example = json!({"depth_m": 42.5}))]
     message: serde_json::Value,
     /// The sender's own id: sent again within `SOAR_DEDUP_WINDOW`, the message is routed once. Visible ASCII without `.`.
-    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "dive-7")]
+    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "dive-7", nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
 }
@@ -47,28 +54,36 @@ pub(crate) struct NotifyMessage {
     #[schema(value_type = Value, example = json!({"maintenance": "at noon"}))]
     message: serde_json::Value,
     /// The sender's own id: sent again within `SOAR_DEDUP_WINDOW`, the message is routed once. Visible ASCII without `.`.
-    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "note-1")]
+    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "note-1", nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
 }
 
-/// One message or several.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-#[serde(untagged)]
-pub(crate) enum SendBody {
-    One(SendMessage),
-    #[schema(min_items = 1, max_items = 100_000)]
-    Several(Vec<SendMessage>),
+/// Declares the schema of a body: one message or several, which `utoipa`'s derive cannot bound.
+macro_rules! one_or_several {
+    ($body:ident, $message:ident) => {
+        /// One message or several.
+        pub(crate) struct $body;
+
+        impl PartialSchema for $body {
+            fn schema() -> RefOr<Schema> {
+                let one = || Ref::from_schema_name(stringify!($message));
+                let several = ArrayBuilder::new().items(one()).min_items(Some(1)).max_items(Some(MESSAGES_MAX));
+                OneOfBuilder::new().item(one()).item(several).description(Some("One message or several.")).into()
+            }
+        }
+
+        impl ToSchema for $body {
+            fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+                schemas.push((stringify!($message).into(), $message::schema()));
+                $message::schemas(schemas);
+            }
+        }
+    };
 }
 
-/// One message or several.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-#[serde(untagged)]
-pub(crate) enum NotifyBody {
-    One(NotifyMessage),
-    #[schema(min_items = 1, max_items = 100_000)]
-    Several(Vec<NotifyMessage>),
-}
+one_or_several!(SendBody, SendMessage);
+one_or_several!(NotifyBody, NotifyMessage);
 
 /// The messages are durable and will be delivered.
 #[derive(Debug, Serialize, ToSchema)]
@@ -94,9 +109,12 @@ pub(crate) struct Accepted {
     params(Traced),
     request_body(content(
         (SendBody = "application/json", example = json!({"topic": "soar.noc.slocum", "message": {"depth_m": 42.5}})),
-        (SendMessage = "application/x-ndjson", example = json!({"topic": "soar.noc.slocum", "message": 1})),
+        (SendMessage = "application/x-ndjson"),
     )),
-    responses((status = 202, description = "Accepted: durable", body = Accepted), Problems::Client, Problems::Body, Problems::Messages),
+    responses(
+        (status = 202, description = "Accepted: durable", body = Accepted),
+        ClientProblems, BodyProblems, UnavailableProblems, StorageProblem,
+    ),
     security(("basic" = []), ("token" = []), ("query_id" = [], "query_secret" = [])),
 )]
 pub(crate) async fn send(call: Call) -> Answer {
@@ -111,9 +129,12 @@ pub(crate) async fn send(call: Call) -> Answer {
     params(Traced),
     request_body(content(
         (NotifyBody = "application/json", example = json!({"message": {"maintenance": "at noon"}})),
-        (NotifyMessage = "application/x-ndjson", example = json!({"message": 1})),
+        (NotifyMessage = "application/x-ndjson"),
     )),
-    responses((status = 202, description = "Accepted: durable", body = Accepted), Problems::Client, Problems::Body, Problems::Messages),
+    responses(
+        (status = 202, description = "Accepted: durable", body = Accepted),
+        ClientProblems, BodyProblems, UnavailableProblems, StorageProblem,
+    ),
     security(("basic" = []), ("token" = []), ("query_id" = [], "query_secret" = [])),
 )]
 pub(crate) async fn notify(call: Call) -> Answer {
@@ -128,27 +149,28 @@ async fn publish(mut call: Call, kind: Kind) -> Answer {
         return Err(Problem::broker_unavailable());
     }
     // Held until the broker has the messages: they are what the room is for.
-    let mut body = Body::open(&mut call, call.api.request_bytes_max(), Some(&client.record.client_id)).await?;
+    let limit = call.api.request_bytes_max();
+    let mut body = Body::open(&mut call, limit, Some(&client.record.client_id)).await?;
     let Checked { messages, ids } = read(&call, &client, kind, form, &mut body).await?;
     if let Some(limiter) = &client.send_limiter {
         let over = |wait| Problem::rate_limited(format!("more than {} messages a second", limiter.per_s()), wait);
         limiter.take(messages.len()).map_err(over)?;
     }
+    // Deleted meanwhile, the client's credentials are none any more. Until the broker has answered, the registry waits.
+    let _permit = client.gate.enter().ok_or_else(|| Problem::unauthorized(Challenge::BasicOrBearer))?;
     let accepted = messages.len();
     let published = into_queue(&call, &client, kind, messages).await?;
     let duplicates = published.duplicates.iter().filter(|seen| **seen).count();
-    let metrics = &call.api.state.telemetry.metrics;
-    metrics.accepted.inc_by(accepted as u64);
-    metrics.duplicates.inc_by(duplicates as u64);
     let text = format!(r#"{{"accepted":{accepted},"duplicates":{duplicates},"ids":[{ids}]}}"#);
     Ok(HttpResponse::Accepted().content_type("application/json").body(text))
 }
 
 async fn read(call: &Call, client: &ClientEntry, kind: Kind, form: Media, body: &mut Body) -> Result<Checked, Problem> {
     let sender = client.record.client_id.clone();
-    let traceparent = traceparent(call.request.headers());
-    let mut batch =
-        Batch::new(sender, kind, Timestamp::now(), traceparent, call.api.state.config.max_message_bytes);
+    let traceparent =
+        call.request.headers().get("traceparent").and_then(|value| parse_traceparent(value.to_str().ok()?));
+    let message_bytes_max = call.api.state.config.max_message_bytes;
+    let mut batch = Batch::new(sender, kind, Timestamp::now(), traceparent, message_bytes_max);
     if form == Media::NdJson {
         let mut lines = Lines::default();
         while let Some(chunk) = body.next().await? {
@@ -158,7 +180,10 @@ async fn read(call: &Call, client: &ClientEntry, kind: Kind, form: Media, body: 
         return batch.finish();
     }
     let bytes = body.all().await?;
-    let mut check = move || batch.json(&bytes).and_then(|()| batch.finish());
+    let check = move || {
+        batch.json(&bytes)?;
+        batch.finish()
+    };
     if body.length() < CHECK_APART_BYTES {
         return check();
     }
@@ -171,6 +196,8 @@ async fn into_queue(
     kind: Kind,
     messages: Vec<Message>,
 ) -> Result<Published, Problem> {
+    // A client that is being deleted is already unknown to whoever comes now. One that was let in is waited for.
+    let Some(_permit) = client.gate.enter() else { return Err(Problem::unauthorized(Challenge::BasicOrBearer)) };
     let id = client.record.client_id.clone();
     let queue = match kind {
         Kind::Topic => Queue::Outbox(id),
@@ -182,50 +209,7 @@ async fn into_queue(
     }
 }
 
-/// The request's trace context, when it is well-formed (W3C Trace Context, section 3.2): version, trace id, parent id
-/// and flags in lower-case hex, ids not all zero.
-fn traceparent(headers: &HeaderMap) -> Option<Box<str>> {
-    let text = headers.get("traceparent")?.to_str().ok()?;
-    let mut parts = text.split('-');
-    let (version, trace, parent, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-    let hex = |part: &str, digits: usize| {
-        part.len() == digits && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-    };
-    let non_zero = |part: &str| part.bytes().any(|b| b != b'0');
-    let fits = hex(version, 2) && hex(trace, 32) && hex(parent, 16) && hex(flags, 2);
-    let valid = fits && version != "ff" && non_zero(trace) && non_zero(parent) && parts.next().is_none();
-    valid.then(|| text.into())
-}
-
 /// Longest request with messages, in bytes.
 pub(crate) fn request_bytes_max(max_message_bytes: usize) -> usize {
     max_message_bytes.saturating_mul(REQUEST_PER_MESSAGE)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use actix_web::http::header::{HeaderName, HeaderValue};
-
-    #[test]
-    fn only_a_well_formed_traceparent_is_carried() {
-        let of = |text: &'static str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(HeaderName::from_static("traceparent"), HeaderValue::from_static(text));
-            traceparent(&headers).map(String::from)
-        };
-        let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-        assert_eq!(of(good).as_deref(), Some(good));
-        for bad in [
-            "",
-            "00",
-            "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
-            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
-            "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
-            "00-4BF92F3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
-            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-x",
-        ] {
-            assert_eq!(of(bad), None, "{bad}");
-        }
-    }
 }

@@ -22,14 +22,20 @@ pub struct Sample {
     /// End of the interval.
     #[schema(value_type = String, format = DateTime)]
     pub at: Timestamp,
-    /// Messages accepted a second.
+    /// Messages accepted a second, duplicates included.
     pub accepted: f64,
+    /// Broadcasts among them.
+    pub accepted_broadcasts: f64,
     /// Messages a second that reached `soar-publish`.
     pub forwarded: f64,
-    /// Messages a second given to their exchange.
+    /// Messages a second given to the topic exchange.
     pub published: f64,
+    /// Messages a second given to the broadcast exchange.
+    pub broadcasts: f64,
     /// Copies a second put into inboxes.
     pub routed: f64,
+    /// Copies of broadcasts among them.
+    pub routed_broadcasts: f64,
     /// Copies a second settled by their receivers.
     pub delivered: f64,
     /// Messages a second that no pattern matched.
@@ -38,6 +44,8 @@ pub struct Sample {
     pub dead: f64,
     /// Webhook attempts a second.
     pub attempts: f64,
+    /// Those of them that delivered.
+    pub pushed: f64,
     /// Median time from acceptance to the exchange, in milliseconds; `None` without messages.
     pub hop_p50_ms: Option<f64>,
     /// 99th percentile of the same.
@@ -68,8 +76,12 @@ pub struct Counts {
     unrouted: u64,
     dead: u64,
     attempts: u64,
+    pushed: u64,
+    accepted_broadcasts: u64,
+    routed_broadcasts: u64,
     forwarded_hop: Buckets,
     published_hop: Buckets,
+    broadcast_hop: Buckets,
     end: Buckets,
     commit: Buckets,
 }
@@ -116,7 +128,7 @@ impl Buckets {
 impl Counts {
     /// Reads the counters now. Locks each histogram for microseconds.
     pub fn read(metrics: &Metrics, at: Timestamp) -> Self {
-        let latencies = metrics.latencies();
+        let steps = metrics.steps();
         let classes = crate::telemetry::metrics::ATTEMPT_CLASSES;
         Self {
             at,
@@ -126,9 +138,13 @@ impl Counts {
             unrouted: metrics.unrouted.get(),
             dead: metrics.dead_total(),
             attempts: classes.iter().map(|c| metrics.webhook_attempts.with_label_values(&[c]).get()).sum(),
-            forwarded_hop: Buckets::of(&latencies.forwarded),
-            published_hop: Buckets::of(&latencies.published),
-            end: Buckets::of(&latencies.delivered),
+            pushed: metrics.webhook_attempts.with_label_values(&["2xx"]).get(),
+            accepted_broadcasts: steps.broadcasts_accepted.get(),
+            routed_broadcasts: steps.broadcasts_routed.get(),
+            forwarded_hop: Buckets::of(&steps.forwarded),
+            published_hop: Buckets::of(&steps.published),
+            broadcast_hop: Buckets::of(&steps.broadcast),
+            end: Buckets::of(&steps.delivered),
             commit: Buckets::of(&metrics.commit_latency),
         }
     }
@@ -144,9 +160,13 @@ impl Counts {
             published: rate(self.published_hop.all, before.published_hop.all),
             routed: rate(self.routed, before.routed),
             delivered: rate(self.delivered, before.delivered),
+            accepted_broadcasts: rate(self.accepted_broadcasts, before.accepted_broadcasts),
+            broadcasts: rate(self.broadcast_hop.all, before.broadcast_hop.all),
+            routed_broadcasts: rate(self.routed_broadcasts, before.routed_broadcasts),
             unrouted: rate(self.unrouted, before.unrouted),
             dead: rate(self.dead, before.dead),
             attempts: rate(self.attempts, before.attempts),
+            pushed: rate(self.pushed, before.pushed),
             hop_p50_ms: self.published_hop.quantile_ms(&before.published_hop, 0.5),
             hop_p99_ms: self.published_hop.quantile_ms(&before.published_hop, 0.99),
             end_p50_ms: self.end.quantile_ms(&before.end, 0.5),
@@ -173,6 +193,11 @@ impl History {
         samples.push_back(sample);
     }
 
+    /// The newest sample.
+    pub fn last(&self) -> Option<Sample> {
+        self.samples.read().back().cloned()
+    }
+
     /// All samples, oldest first.
     pub fn all(&self) -> Vec<Sample> {
         self.samples.read().iter().cloned().collect()
@@ -190,7 +215,7 @@ mod tests {
         metrics.accepted.inc_by(500);
         metrics.dead(crate::broker::DeadReason::Expired).inc();
         for _ in 0..100 {
-            metrics.latencies().delivered.observe(0.0015);
+            metrics.steps().delivered.observe(0.0015);
         }
         let after = Counts::read(&metrics, Timestamp::from_millis(5000));
         let sample = after.since(&before);

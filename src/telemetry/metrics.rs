@@ -36,15 +36,21 @@ pub const ACTOR_KINDS: [&str; 5] = ["forwarder", "publisher", "broadcaster", "su
 
 const BROKER_STATES: [&str; 3] = ["ready", "blocked", "unreachable"];
 
-/// Latency histograms, by what a message reached. All count from its acceptance.
+/// What the steps of messages feed. Latencies count from a message's acceptance.
 #[derive(Debug, Clone)]
-pub struct Latencies {
+pub struct StepMetrics {
     /// Until it was in `soar-publish`.
     pub forwarded: Histogram,
-    /// Until its exchange had it.
+    /// Until the topic exchange had it.
     pub published: Histogram,
+    /// Until the broadcast exchange had it.
+    pub broadcast: Histogram,
     /// Until its receiver settled it: end to end.
     pub delivered: Histogram,
+    /// Broadcasts among the accepted messages.
+    pub broadcasts_accepted: IntCounter,
+    /// Copies of broadcasts among those put into inboxes.
+    pub broadcasts_routed: IntCounter,
 }
 
 /// All metrics. Fields are the handles that the hot path increments.
@@ -82,7 +88,7 @@ pub struct Metrics {
     pub broker_reconnects: IntCounter,
     /// Open WebSocket connections.
     pub websockets: IntGauge,
-    latencies: Latencies,
+    steps: StepMetrics,
     asked: Asked,
     process: Process,
 }
@@ -157,21 +163,26 @@ impl Maker {
         self.register(Histogram::with_opts(options))
     }
 
-    fn latencies(&self) -> Latencies {
+    fn steps(&self) -> StepMetrics {
         let options = HistogramOpts::new(
             "backbone_hop_latency_seconds",
             "Time from a message's acceptance until it reached a hop. Includes waiting for a paused client.",
         )
         .buckets(LATENCY_BOUNDS_S.to_vec());
         let hops = self.register(HistogramVec::new(options, &["hop"]));
-        Latencies {
+        StepMetrics {
             forwarded: hops.with_label_values(&["forwarded"]),
             published: hops.with_label_values(&["published"]),
+            broadcast: hops.with_label_values(&["broadcast"]),
             delivered: self.histogram(
                 "end_to_end_latency_seconds",
                 "Time from a message's acceptance until a receiver settled its copy. Includes waiting to be asked for.",
                 &LATENCY_BOUNDS_S,
             ),
+            broadcasts_accepted: self
+                .counter("broadcasts_accepted_total", "Broadcasts among the accepted messages, duplicates left out."),
+            broadcasts_routed: self
+                .counter("broadcasts_routed_total", "Copies of broadcasts among those put into inboxes."),
         }
     }
 
@@ -283,7 +294,7 @@ impl Metrics {
             ),
             broker_reconnects: make.counter("broker_reconnects_total", "Broker connections lost and made again."),
             websockets: make.gauge("websocket_connections", "Open WebSocket connections."),
-            latencies: make.latencies(),
+            steps: make.steps(),
             asked: make.asked(),
             process: make.process(),
             registry: make.0,
@@ -300,9 +311,9 @@ impl Metrics {
         self.dead.iter().map(IntCounter::get).sum()
     }
 
-    /// The latency histograms. [`Traces`](super::Traces) observes them.
-    pub fn latencies(&self) -> &Latencies {
-        &self.latencies
+    /// What the steps of messages feed, through [`Traces`](super::Traces).
+    pub fn steps(&self) -> &StepMetrics {
+        &self.steps
     }
 
     /// Sets what must be asked for rather than counted. Called by an observer every few seconds.

@@ -52,6 +52,6 @@ pub struct TelemetryParts {
 pub fn new(trace_messages: usize) -> Telemetry {
     let metrics = Metrics::new();
     let (rates, tail) = (Arc::new(ClientRates::default()), Arc::new(Tail::default()));
-    let traces = Traces::new(trace_messages, metrics.latencies().clone(), Arc::clone(&rates), Arc::clone(&tail));
+    let traces = Traces::new(trace_messages, metrics.steps().clone(), Arc::clone(&rates), Arc::clone(&tail));
     Arc::new(TelemetryParts { metrics, traces, rates, tail, history: History::default(), board: Board::default() })
 }

@@ -17,6 +17,7 @@ use super::history::{Counts, SAMPLE_EVERY_S, Sample};
 use super::metrics::Gauges;
 use super::rates::Totals;
 use super::{Telemetry, process};
+use crate::actors::registry::ActorCensus;
 use crate::broker::{Broker, Depths, Health, Queue};
 use crate::client::ClientId;
 use crate::directory::Directory;
@@ -34,8 +35,8 @@ const ROUND_MIN: Duration = Duration::from_secs(2);
 /// For each unit of time spent asking, this many are spent not asking.
 const REST_FACTOR: u32 = 9;
 
-/// Counts actors by kind and state: (`forwarder`, `running`, 10). Asked of the registry, at each tick.
-pub type Census = Arc<dyn Fn() -> BoxFuture<'static, Vec<(&'static str, &'static str, u64)>> + Send + Sync>;
+/// Asks the registry how its actors are; at each tick.
+pub type Census = Arc<dyn Fn() -> BoxFuture<'static, ActorCensus> + Send + Sync>;
 
 /// What is known of one client without asking.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -77,8 +78,8 @@ pub struct Overview {
     pub clients: u64,
     /// `ready`, `blocked` or `unreachable`, and why.
     pub health: Option<Health>,
-    /// Actors by kind and state.
-    pub actors: Vec<(&'static str, &'static str, u64)>,
+    /// Actors by kind and state, and the clients that have one in trouble.
+    pub actors: ActorCensus,
 }
 
 /// What the observer found, for the console.
@@ -172,7 +173,7 @@ impl Observer {
         }
         let actors = match &self.census {
             Some(census) => tokio::time::timeout(TICK, census()).await.unwrap_or_default(),
-            None => Vec::new(),
+            None => ActorCensus::default(),
         };
         let overview = Overview {
             sample: Sample { resident_bytes: process::read().resident_bytes, ..Sample::default() },
@@ -185,7 +186,7 @@ impl Observer {
             clients: overview.clients,
             queue_messages: overview.queues.by_kind().to_vec(),
             health,
-            actors: overview.actors.clone(),
+            actors: overview.actors.counts.iter().map(|(kind, state, n)| (kind.as_str(), state.as_str(), *n)).collect(),
         });
         overview
     }

@@ -21,7 +21,7 @@ use uuid::Uuid;
 use crate::broker::DeadReason;
 use crate::client::ClientId;
 use crate::envelope::{Message, MessageId};
-use crate::telemetry::metrics::Latencies;
+use crate::telemetry::metrics::StepMetrics;
 use crate::telemetry::rates::ClientRates;
 use crate::telemetry::tail::Tail;
 use crate::time::Timestamp;
@@ -64,6 +64,17 @@ pub enum Step {
 }
 
 impl Step {
+    /// How far along the way it is: no step of a stage follows one of a later stage.
+    const fn stage(&self) -> u8 {
+        match self {
+            Self::Accepted => 0,
+            Self::Forwarded => 1,
+            Self::Published => 2,
+            Self::Routed(..) | Self::Unrouted => 3,
+            Self::AttemptFailed(_) | Self::Delivered(_) | Self::Dead(..) => 4,
+        }
+    }
+
     /// Its name in the API.
     pub const fn name(&self) -> &'static str {
         match self {
@@ -148,7 +159,7 @@ pub struct Traces {
     capacity: usize,
     shards: Box<[Mutex<Shard>]>,
     hasher: RandomState,
-    latencies: Latencies,
+    metrics: StepMetrics,
     rates: Arc<ClientRates>,
     tail: Arc<Tail>,
 }
@@ -233,13 +244,13 @@ impl Hasher for KeyIsHash {
 }
 
 impl Traces {
-    pub(super) fn new(capacity: usize, latencies: Latencies, rates: Arc<ClientRates>, tail: Arc<Tail>) -> Self {
+    pub(super) fn new(capacity: usize, metrics: StepMetrics, rates: Arc<ClientRates>, tail: Arc<Tail>) -> Self {
         let count = (capacity / MESSAGES_PER_SHARD_MIN).clamp(1, SHARDS_MAX);
         // A power of two, so that a hash is masked; rounded down, so that small shards stay big enough.
         let count = if count.is_power_of_two() { count } else { count.next_power_of_two() / 2 };
         let per_shard = capacity.div_ceil(count).min(u32::MAX as usize);
         let shards = (0..count).map(|_| Mutex::new(Shard { capacity: per_shard, ..Shard::default() })).collect();
-        Self { capacity, shards, hasher: RandomState::new(), latencies, rates, tail }
+        Self { capacity, shards, hasher: RandomState::new(), metrics, rates, tail }
     }
 
     /// Whether ways are kept or watched now: lets callers skip what is made for them alone, such as the pattern of a
@@ -269,6 +280,9 @@ impl Traces {
         inboxes: usize,
         first: impl IntoIterator<Item = (ClientId, Option<Pattern>)>,
     ) {
+        if message.topic.is_none() {
+            self.metrics.broadcasts_routed.inc_by(inboxes as u64);
+        }
         if self.capacity == 0 {
             return;
         }
@@ -296,14 +310,20 @@ impl Traces {
     fn feed_others(&self, now: Timestamp, message: &Message, step: &Step) {
         let age_s = || (now.as_millis() - message.sent_at.as_millis()).max(0) as f64 / 1000.0;
         match step {
-            Step::Accepted => self.rates.note_sent(&message.sender, 1),
-            Step::Forwarded => self.latencies.forwarded.observe(age_s()),
+            Step::Accepted => {
+                self.rates.note_sent(&message.sender, 1);
+                if message.topic.is_none() {
+                    self.metrics.broadcasts_accepted.inc();
+                }
+            }
+            Step::Forwarded => self.metrics.forwarded.observe(age_s()),
             Step::Published => {
-                self.latencies.published.observe(age_s());
+                let hop = if message.topic.is_some() { &self.metrics.published } else { &self.metrics.broadcast };
+                hop.observe(age_s());
                 self.tail.offer(message, now);
             }
             Step::Delivered(client) => {
-                self.latencies.delivered.observe(age_s());
+                self.metrics.delivered.observe(age_s());
                 self.rates.note_received(client, 1);
             }
             Step::Routed(..) | Step::Unrouted | Step::AttemptFailed(_) | Step::Dead(..) => {}
@@ -397,10 +417,8 @@ impl Entry {
 
     fn note(&mut self, now: Timestamp, step: Step) {
         let keep = match &step {
-            Step::Accepted => {
-                self.accepted = now;
-                return;
-            }
+            // Durable now; accepted, as the envelope says it, when it came.
+            Step::Accepted => return,
             // A hop that was made again after a crash keeps the time of its first.
             Step::Forwarded => {
                 self.forwarded.get_or_insert(now);
@@ -444,8 +462,13 @@ impl Entry {
         let mut hops: Vec<Hop> = Vec::with_capacity(self.hops.len() + 3);
         hops.extend(steps.into_iter().filter_map(|(at, step)| Some(Hop { at: at?, step })));
         hops.extend(self.hops.iter().cloned());
-        // A stable sort: what happened in the same millisecond stays in the order of the way.
-        hops.sort_by_key(|hop| hop.at);
+        // In the order of the way, then of time: threads report at once, and the clock is read when they do.
+        hops.sort_by_key(|hop| (hop.step.stage(), hop.at));
+        let mut next = Timestamp::from_millis(i64::MAX);
+        for hop in hops.iter_mut().rev() {
+            hop.at = hop.at.min(next);
+            next = hop.at;
+        }
         Trace {
             id: self.id.to_id(),
             sender: self.sender.clone(),
@@ -564,7 +587,7 @@ pub(super) mod tests {
         );
         assert_eq!(telemetry.rates.totals("x").sent, 1);
         assert_eq!(telemetry.rates.totals("q").received, 1);
-        assert_eq!(telemetry.metrics.latencies().delivered.get_sample_count(), 2);
+        assert_eq!(telemetry.metrics.steps().delivered.get_sample_count(), 2);
     }
 
     #[test]
@@ -630,6 +653,6 @@ pub(super) mod tests {
         telemetry.traces.record_many([(&m, Step::Accepted), (&m, Step::Published)]);
         assert!(watch.expect("room").try_next().is_some());
         assert!(telemetry.traces.find(&m.id).is_empty());
-        assert_eq!(telemetry.metrics.latencies().published.get_sample_count(), 1);
+        assert_eq!(telemetry.metrics.steps().published.get_sample_count(), 1);
     }
 }

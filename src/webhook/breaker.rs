@@ -4,7 +4,7 @@
 //!            10 failures in a row                 the open time is over
 //!  closed ───────────────────────► open ───────────────────────────────► half-open: one probe
 //!    ▲                              ▲                                       │          │
-//!    │                              └── it fails: open, twice as long ──────┘          │
+//!    │                              └── it fails: open for longer ──────────┘          │
 //!    └───────────────────────────────────────── it succeeds ──────────────────────────┘
 //! ```
 //!
@@ -17,8 +17,10 @@ use serde::Serialize;
 
 /// Failures in a row that open the breaker.
 pub const FAILURES_TO_OPEN: u32 = 10;
-/// How long it is open at first; doubled with each probe that fails.
-const OPEN_MIN: Duration = Duration::from_secs(1);
+/// How long it is open at first.
+const OPEN_MIN: Duration = Duration::from_millis(500);
+/// How much longer it is open after each probe that fails.
+const OPEN_GROWTH: f64 = 1.5;
 /// How long it is open at the most.
 const OPEN_MAX: Duration = Duration::from_secs(60);
 /// Open times vary by this much, up and down, so that endpoints of one server are not probed together.
@@ -52,13 +54,27 @@ impl BreakerState {
 
 /// Whether an attempt may be made now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Permit {
-    /// Yes; its result is reported with this ticket.
-    Go(Ticket),
+pub enum Gate {
+    /// Yes.
+    Open,
     /// Not before this time.
-    WaitUntil(Instant),
-    /// Not before the probe that is out is back.
-    WaitForProbe,
+    Until(Instant),
+    /// Not before an attempt that is under way has ended.
+    OneAtATime,
+}
+
+impl Gate {
+    /// What both admit.
+    #[must_use]
+    pub fn stricter(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Open, gate) | (gate, Self::Open) => gate,
+            (Self::Until(a), Self::Until(b)) => Self::Until(a.max(b)),
+            // A time can be waited for; an attempt that ends makes everyone look again.
+            (Self::Until(until), Self::OneAtATime) | (Self::OneAtATime, Self::Until(until)) => Self::Until(until),
+            (Self::OneAtATime, Self::OneAtATime) => Self::OneAtATime,
+        }
+    }
 }
 
 /// Ties a result to the state in which its attempt began: what began before the breaker opened says nothing about the
@@ -70,7 +86,7 @@ pub struct Ticket(u64);
 enum State {
     Closed { failures: u32 },
     Open { until: Instant },
-    HalfOpen { probing: bool },
+    HalfOpen,
 }
 
 /// See the module.
@@ -95,28 +111,26 @@ impl Breaker {
         match self.state {
             State::Closed { .. } => BreakerState::Closed,
             State::Open { .. } => BreakerState::Open,
-            State::HalfOpen { .. } => BreakerState::HalfOpen,
+            State::HalfOpen => BreakerState::HalfOpen,
         }
     }
 
-    /// Asks for an attempt. A permit that is [`Permit::Go`] must be reported by [`Breaker::succeeded`],
-    /// [`Breaker::failed`] or [`Breaker::abandoned`].
-    pub fn permit(&mut self, now: Instant) -> Permit {
+    /// Whether an attempt may be made.
+    pub fn gate(&self, now: Instant) -> Gate {
         match self.state {
-            State::Closed { .. } => {}
-            State::Open { until } if now < until => return Permit::WaitUntil(until),
-            State::HalfOpen { probing: true } => return Permit::WaitForProbe,
-            State::Open { .. } | State::HalfOpen { probing: false } => self.enter(State::HalfOpen { probing: true }),
+            State::Open { until } if now < until => Gate::Until(until),
+            State::HalfOpen => Gate::OneAtATime,
+            State::Closed { .. } | State::Open { .. } => Gate::Open,
         }
-        Permit::Go(Ticket(self.epoch))
     }
 
-    /// Whether [`Breaker::permit`] would wait, and until when; takes nothing.
-    pub fn opens_at(&self, now: Instant) -> Option<Instant> {
-        match self.state {
-            State::Open { until } if now < until => Some(until),
-            _ => None,
+    /// Begins an attempt, which [`Breaker::gate`] must have admitted. Its result is reported by
+    /// [`Breaker::succeeded`] or [`Breaker::failed`].
+    pub fn begin(&mut self) -> Ticket {
+        if !matches!(self.state, State::Closed { .. }) {
+            self.enter(State::HalfOpen);
         }
+        Ticket(self.epoch)
     }
 
     /// An attempt succeeded. The endpoint works, whenever the attempt began.
@@ -124,7 +138,7 @@ impl Breaker {
         self.openings = 0;
         match &mut self.state {
             State::Closed { failures } => *failures = 0,
-            State::Open { .. } | State::HalfOpen { .. } => self.enter(State::Closed { failures: 0 }),
+            State::Open { .. } | State::HalfOpen => self.enter(State::Closed { failures: 0 }),
         }
     }
 
@@ -140,21 +154,15 @@ impl Breaker {
                     self.open(now, roll);
                 }
             }
-            State::HalfOpen { .. } => self.open(now, roll),
+            State::HalfOpen => self.open(now, roll),
             State::Open { .. } => {}
         }
     }
 
-    /// An attempt was given up without a result; if it was the probe, another may be made.
-    pub fn abandoned(&mut self, ticket: Ticket) {
-        if ticket.0 == self.epoch && matches!(self.state, State::HalfOpen { .. }) {
-            self.state = State::HalfOpen { probing: false };
-        }
-    }
-
     fn open(&mut self, now: Instant, roll: f64) {
-        let doubled = OPEN_MIN.saturating_mul(1 << self.openings.min(16)).min(OPEN_MAX);
-        let until = now + doubled.mul_f64(1.0 - JITTER + 2.0 * JITTER * roll.clamp(0.0, 1.0));
+        let exponent = i32::try_from(self.openings.min(32)).unwrap_or(0);
+        let grown = OPEN_MIN.mul_f64(OPEN_GROWTH.powi(exponent)).min(OPEN_MAX);
+        let until = now + grown.mul_f64(1.0 - JITTER + 2.0 * JITTER * roll.clamp(0.0, 1.0));
         self.openings = self.openings.saturating_add(1);
         self.enter(State::Open { until });
     }
@@ -170,10 +178,8 @@ mod tests {
     use super::*;
 
     fn go(breaker: &mut Breaker, now: Instant) -> Ticket {
-        match breaker.permit(now) {
-            Permit::Go(ticket) => ticket,
-            other => panic!("{other:?}"),
-        }
+        assert_eq!(breaker.gate(now), Gate::Open);
+        breaker.begin()
     }
 
     fn fail(breaker: &mut Breaker, now: Instant, times: u32) {
@@ -193,20 +199,20 @@ mod tests {
         }
         fail(&mut breaker, now, FAILURES_TO_OPEN);
         assert_eq!(breaker.state(), BreakerState::Open);
-        assert_eq!(breaker.permit(now), Permit::WaitUntil(now + OPEN_MIN));
+        assert_eq!(breaker.gate(now), Gate::Until(now + OPEN_MIN));
     }
 
     #[test]
-    fn one_probe_at_a_time_and_each_failure_doubles_the_wait() {
+    fn one_probe_at_a_time_and_each_failure_lengthens_the_wait() {
         let (mut breaker, mut now) = (Breaker::default(), Instant::now());
         fail(&mut breaker, now, FAILURES_TO_OPEN);
-        for expected_s in [1, 2, 4, 8, 16, 32, 60, 60] {
-            let Permit::WaitUntil(until) = breaker.permit(now) else { panic!("open") };
-            assert_eq!(until - now, Duration::from_secs(expected_s));
+        for expected_ms in [500, 750, 1125, 1687, 2531, 3796, 5695, 8542, 12814, 19221, 28832, 43248, 60000, 60000] {
+            let Gate::Until(until) = breaker.gate(now) else { panic!("open") };
+            assert_eq!((until - now).as_millis(), expected_ms);
             now = until;
             let probe = go(&mut breaker, now);
             assert_eq!(breaker.state(), BreakerState::HalfOpen);
-            assert_eq!(breaker.permit(now), Permit::WaitForProbe);
+            assert_eq!(breaker.gate(now), Gate::OneAtATime);
             breaker.failed(probe, now, 0.5);
         }
         now += OPEN_MAX;
@@ -214,7 +220,7 @@ mod tests {
         breaker.succeeded();
         assert_eq!(breaker.state(), BreakerState::Closed);
         fail(&mut breaker, now, FAILURES_TO_OPEN);
-        assert_eq!(breaker.permit(now), Permit::WaitUntil(now + OPEN_MIN));
+        assert_eq!(breaker.gate(now), Gate::Until(now + OPEN_MIN));
     }
 
     #[test]
@@ -222,9 +228,9 @@ mod tests {
         let (mut breaker, now) = (Breaker::default(), Instant::now());
         let late = [go(&mut breaker, now), go(&mut breaker, now)];
         fail(&mut breaker, now, FAILURES_TO_OPEN);
-        let Permit::WaitUntil(until) = breaker.permit(now) else { panic!("open") };
+        let Gate::Until(until) = breaker.gate(now) else { panic!("open") };
         breaker.failed(late[0], now, 1.0);
-        assert_eq!(breaker.opens_at(now), Some(until));
+        assert_eq!(breaker.gate(now), Gate::Until(until));
         let probe = go(&mut breaker, until);
         breaker.failed(late[1], until, 1.0);
         assert_eq!(breaker.state(), BreakerState::HalfOpen);
@@ -236,16 +242,6 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_that_is_given_up_makes_room_for_another() {
-        let (mut breaker, now) = (Breaker::default(), Instant::now());
-        fail(&mut breaker, now, FAILURES_TO_OPEN);
-        let later = now + OPEN_MAX;
-        let probe = go(&mut breaker, later);
-        breaker.abandoned(probe);
-        go(&mut breaker, later);
-    }
-
-    #[test]
     fn open_times_vary_by_a_fifth() {
         for (roll, factor) in [(0.0, 0.8), (1.0, 1.2)] {
             let (mut breaker, now) = (Breaker::default(), Instant::now());
@@ -253,7 +249,7 @@ mod tests {
                 let ticket = go(&mut breaker, now);
                 breaker.failed(ticket, now, roll);
             }
-            assert_eq!(breaker.opens_at(now), Some(now + OPEN_MIN.mul_f64(factor)));
+            assert_eq!(breaker.gate(now), Gate::Until(now + OPEN_MIN.mul_f64(factor)));
         }
     }
 }

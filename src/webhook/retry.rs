@@ -20,8 +20,12 @@ pub fn next_wait(schedule_s: &[u32], attempts: u32, retry_after: Option<Duration
     let scheduled = Duration::from_secs(u64::from(*schedule_s.get(index)?));
     let roll = roll.clamp(0.0, 1.0);
     let jittered = scheduled.mul_f64(1.0 - JITTER + 2.0 * JITTER * roll);
-    let asked = retry_after.map(|asked| asked.min(RETRY_AFTER_MAX).mul_f64(1.0 + JITTER * roll));
-    Some(asked.map_or(jittered, |asked| asked.max(jittered)))
+    Some(retry_after.map_or(jittered, |asked| lengthen(asked, roll).max(jittered)))
+}
+
+/// What an endpoint asked for, bounded, and jitter on top. `roll` is random, 0 to 1.
+pub fn lengthen(retry_after: Duration, roll: f64) -> Duration {
+    retry_after.min(RETRY_AFTER_MAX).mul_f64(1.0 + JITTER * roll.clamp(0.0, 1.0))
 }
 
 /// Reads `Retry-After` (RFC 9110, section 10.2.3): whole seconds, or an HTTP date in any of its three forms. A date

@@ -14,13 +14,11 @@ use crate::time::Timestamp;
 
 /// What a webhook secret begins with.
 const PREFIX: &str = "whsec_";
-/// Bytes of a secret that the backbone makes.
-const SECRET_BYTES: usize = 32;
 /// How far a receiver lets the timestamp lie from its own clock, in milliseconds: five minutes, as in the reference
 /// libraries.
 const TOLERANCE_MS: i64 = 5 * 60 * 1000;
 
-/// A webhook secret: `whsec_` + base64 of 32 random bytes. Not `Display`, and `Debug` hides it.
+/// A webhook secret, decoded. Not `Display`, and `Debug` hides it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SigningSecret(Vec<u8>);
 
@@ -30,11 +28,6 @@ pub struct SigningSecret(Vec<u8>);
 pub struct SecretError;
 
 impl SigningSecret {
-    /// A fresh one.
-    pub fn generate() -> Self {
-        Self(rand::random::<[u8; SECRET_BYTES]>().to_vec())
-    }
-
     /// Parses `whsec_…`.
     ///
     /// # Errors
@@ -43,11 +36,6 @@ impl SigningSecret {
         let encoded = text.strip_prefix(PREFIX).ok_or(SecretError)?;
         let bytes = STANDARD.decode(encoded).map_err(|_| SecretError)?;
         if bytes.is_empty() { Err(SecretError) } else { Ok(Self(bytes)) }
-    }
-
-    /// `whsec_…`, to be shown once or encrypted.
-    pub fn reveal(&self) -> String {
-        format!("{PREFIX}{}", STANDARD.encode(&self.0))
     }
 
     fn key(&self) -> Hmac<Sha256> {
@@ -64,20 +52,28 @@ impl std::fmt::Debug for SigningSecret {
 /// Signs under one or several secrets. Holds the keys ready, so that a signature costs the hash of the body only.
 #[derive(Clone)]
 pub struct Signer {
-    /// Each with the time until which it signs; `None` is for good.
-    keys: Vec<(Hmac<Sha256>, Option<Timestamp>)>,
+    keys: Vec<Hmac<Sha256>>,
 }
 
 impl Signer {
-    /// A signer under these secrets, newest first; those with a time sign until then.
-    pub fn new<'a>(secrets: impl IntoIterator<Item = (&'a SigningSecret, Option<Timestamp>)>) -> Self {
-        Self { keys: secrets.into_iter().map(|(secret, until)| (secret.key(), until)).collect() }
+    /// A signer under these secrets.
+    pub fn new<'a>(secrets: impl IntoIterator<Item = &'a SigningSecret>) -> Self {
+        Self { keys: secrets.into_iter().map(SigningSecret::key).collect() }
     }
 
-    /// The header `webhook-signature` for a message sent at `now`, whose `webhook-timestamp` is `timestamp_s`.
-    pub fn sign(&self, webhook_id: &str, timestamp_s: &str, body: &[u8], now: Timestamp) -> String {
+    /// A signer under these secrets, `whsec_…` each.
+    ///
+    /// # Errors
+    /// [`SecretError`] when one of them is no webhook secret.
+    pub fn from_texts<'a>(secrets: impl IntoIterator<Item = &'a str>) -> Result<Self, SecretError> {
+        let keys = secrets.into_iter().map(|text| SigningSecret::parse(text).map(|secret| secret.key()));
+        Ok(Self { keys: keys.collect::<Result<_, _>>()? })
+    }
+
+    /// The header `webhook-signature`; `timestamp_s` is what `webhook-timestamp` says.
+    pub fn sign(&self, webhook_id: &str, timestamp_s: &str, body: &[u8]) -> String {
         let mut header = String::with_capacity(self.keys.len() * 48);
-        for (key, _) in self.keys.iter().filter(|(_, until)| until.is_none_or(|until| now < until)) {
+        for key in &self.keys {
             if !header.is_empty() {
                 header.push(' ');
             }
@@ -145,39 +141,37 @@ pub fn verify(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::secret::WebhookSecrets;
 
     const NOW: Timestamp = Timestamp::from_millis(1_614_265_330_000);
+
+    fn fresh() -> SigningSecret {
+        SigningSecret::parse(WebhookSecrets::generate().current()).expect("made to be one")
+    }
 
     /// The example of the Standard Webhooks reference libraries' own tests.
     #[test]
     fn reference_vector_is_met() {
         let secret = SigningSecret::parse("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").expect("a secret");
-        let signature = Signer::new([(&secret, None)]).sign(
-            "msg_p5jXN8AQM9LWM0D4loKWxJek",
-            "1614265330",
-            br#"{"test": 2432232314}"#,
-            NOW,
-        );
+        let body = br#"{"test": 2432232314}"#;
+        let signature = Signer::new([&secret]).sign("msg_p5jXN8AQM9LWM0D4loKWxJek", "1614265330", body);
         assert_eq!(signature, "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
     }
 
     #[test]
-    fn rotation_signs_with_both_until_the_overlap_ends() {
-        let (old, new) = (SigningSecret::generate(), SigningSecret::generate());
-        let signer = Signer::new([(&new, None), (&old, Some(NOW.plus_millis(1)))]);
-        let both = signer.sign("a:b", "1614265330", b"{}", NOW);
+    fn two_secrets_sign_so_that_either_fits() {
+        let (old, new, other) = (fresh(), fresh(), fresh());
+        let both = Signer::new([&new, &old]).sign("a:b", "1614265330", b"{}");
         for secret in [&old, &new] {
             assert_eq!(verify(secret, "a:b", "1614265330", &both, b"{}", NOW), Ok(()));
         }
-        let one = signer.sign("a:b", "1614265330", b"{}", NOW.plus_millis(1));
-        assert_eq!(verify(&new, "a:b", "1614265330", &one, b"{}", NOW), Ok(()));
-        assert_eq!(verify(&old, "a:b", "1614265330", &one, b"{}", NOW), Err(VerifyError::Mismatch));
+        assert_eq!(verify(&other, "a:b", "1614265330", &both, b"{}", NOW), Err(VerifyError::Mismatch));
     }
 
     #[test]
     fn what_was_changed_or_is_old_is_refused() {
-        let secret = SigningSecret::generate();
-        let signature = Signer::new([(&secret, None)]).sign("id", "1614265330", b"{}", NOW);
+        let secret = fresh();
+        let signature = Signer::new([&secret]).sign("id", "1614265330", b"{}");
         let check = |id: &str, timestamp: &str, signatures: &str, body: &[u8], later_ms| {
             verify(&secret, id, timestamp, signatures, body, NOW.plus_millis(later_ms))
         };
@@ -193,14 +187,13 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_read_back_and_never_shown_by_debug() {
-        let secret = SigningSecret::generate();
-        let shown = secret.reveal();
-        assert!(shown.starts_with("whsec_") && shown.len() == 50);
-        assert_eq!(SigningSecret::parse(&shown), Ok(secret.clone()));
-        assert!(!format!("{secret:?} {:?}", Signer::new([(&secret, None)])).contains(&shown[6..]));
+    fn what_is_no_secret_is_refused_and_debug_hides_what_is() {
+        let text = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+        let shown = format!("{:?} {:?}", SigningSecret::parse(text), Signer::from_texts([text]));
+        assert!(!shown.contains(&text[6..]) && shown.contains("Ok"), "{shown}");
         for bad in ["", "whsec_", "whsec_*", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"] {
             assert_eq!(SigningSecret::parse(bad), Err(SecretError), "{bad}");
+            assert!(Signer::from_texts([text, bad]).is_err(), "{bad}");
         }
     }
 }

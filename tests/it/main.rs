@@ -4,6 +4,8 @@
 //!
 //! - `support`: starts routers and brokers, talks to them, waits for conditions. Start reading there.
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
+//! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
+//! - `flow`: messages from sender to receivers, through the whole router. `http_…`: each part of the API.
 //!
 //! A test inside `broker_tests!` runs once on each broker; see `support::fixture`.
 
@@ -12,3 +14,15 @@
 mod support;
 
 mod conformance;
+mod crash;
+mod disk_full;
+mod flow;
+mod hostile;
+mod http_auth;
+mod http_clients;
+mod http_problems;
+mod http_receive;
+mod http_send;
+mod panic;
+mod webhook_push;
+mod webhook_send;

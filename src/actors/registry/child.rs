@@ -94,7 +94,7 @@ impl Child {
                     life.ending = true;
                     // A mailbox that is full of control has somebody in it who does not answer.
                     if life.control.try_send(Control::Stop).is_err() {
-                        life.lifeline.take().map(Lifeline::cut);
+                        self.cut();
                     }
                 }
                 true

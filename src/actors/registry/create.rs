@@ -1,7 +1,9 @@
 //! Onboarding: a client is there whole, or not at all.
 //!
-//! Order: note in the store that its queues are being made, make and bind them, store the client, start its actors. A
-//! crash before the client is stored leaves the note, and the next start deletes what was made.
+//! Its record is stored while its queues are made and bound, side by side, so that they share a commit; then its actors
+//! start. A crash in between leaves a record, and the next start makes what is missing; or none, and what was made of
+//! its queues is made again by whoever takes the id. When a step fails, all of it is deleted, if need be at the next
+//! start.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -9,11 +11,10 @@ use std::time::Duration;
 use super::core::{Core, store_error};
 use super::messages::{CreateClient, Created, RegistryError};
 use crate::broker::BrokerError;
-use crate::client::{ClientId, ClientRecord, Limits};
+use crate::client::{ClientId, ClientRecord};
 use crate::secret::{Secret, SecretSlots, WebhookSecrets};
 use crate::store::StoredClient;
 use crate::time::Timestamp;
-use crate::topic::Pattern;
 
 /// How long the answer waits for the actors, in seconds. They normally take a millisecond; when they take longer than
 /// this, the client exists all the same, and its secret must be told.
@@ -27,16 +28,6 @@ pub(super) async fn create(core: Rc<Core>, request: CreateClient) -> Result<Crea
         return Err(RegistryError::Exists(id));
     }
     super::delete::clear_leftovers(&core, &id).await?;
-    // Side by side, so that both may share a commit. Once either fails, whatever was made is to go.
-    let (noted, made) = futures_util::future::join(
-        core.store.mark_unfinished(&id),
-        make_queues(&core, &id, &request.limits, &request.subscriptions),
-    )
-    .await;
-    if let Err(error) = noted.map_err(store_error(&id)).and(made.map_err(RegistryError::from)) {
-        abandon(&core, &id).await;
-        return Err(error);
-    }
     let secret = Secret::generate();
     let webhook_secrets = request.webhook.as_ref().map(|_| WebhookSecrets::generate());
     let stored = StoredClient {
@@ -54,9 +45,10 @@ pub(super) async fn create(core: Rc<Core>, request: CreateClient) -> Result<Crea
         incarnation: rand::random::<u64>() >> 1,
         webhook_secrets: webhook_secrets.clone(),
     };
-    if let Err(error) = core.store.put(&stored).await {
+    let (put, made) = futures_util::future::join(core.store.put(&stored), make_queues(&core, &stored.record)).await;
+    if let Err(error) = put.map_err(store_error(&id)).and(made.map_err(RegistryError::from)) {
         abandon(&core, &id).await;
-        return Err(store_error(&id)(error));
+        return Err(error);
     }
     let record = stored.record.clone();
     core.adopt(stored, true);
@@ -67,14 +59,17 @@ pub(super) async fn create(core: Rc<Core>, request: CreateClient) -> Result<Crea
     Ok(Created { record, secret, webhook_secret: webhook_secrets.map(|secrets| secrets.current().to_owned()) })
 }
 
-async fn make_queues(core: &Core, id: &ClientId, limits: &Limits, patterns: &[Pattern]) -> Result<(), BrokerError> {
-    core.shared.broker.declare_client(id, limits).await?;
-    core.shared.broker.bind(id, patterns).await
+async fn make_queues(core: &Core, record: &ClientRecord) -> Result<(), BrokerError> {
+    core.shared.broker.declare_client(&record.client_id, &record.limits).await?;
+    core.shared.broker.bind(&record.client_id, &record.subscriptions).await
 }
 
-/// What could not be made whole is deleted; now, or when the broker is back.
+/// What could not be made whole is deleted: now, or when the broker is back, or at the next start.
 async fn abandon(core: &Core, id: &ClientId) {
     core.leftovers.borrow_mut().insert(id.clone());
+    if let Err(error) = core.store.mark_unfinished(id).await {
+        log::warn!("{id} could not be created, and the next start may find it all the same: {error}");
+    }
     if let Err(error) = super::delete::clear_leftovers(core, id).await {
         log::warn!("the queues of {id}, which was not created, are deleted later: {error}");
     }

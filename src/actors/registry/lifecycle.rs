@@ -122,7 +122,15 @@ impl Core {
             }
         }
         let next = match &identity.client {
-            None => Self::hear_child(&mut self.publisher.borrow_mut(), event),
+            None => {
+                let mut publisher = self.publisher.borrow_mut();
+                let next = Self::hear_child(&mut publisher, event);
+                if next == Next::Ended {
+                    // Its end is wanted only when everything ends.
+                    publisher.end(ActorState::Stopped);
+                }
+                next
+            }
             Some(id) => {
                 let next = self.with(id, |client| {
                     let next = Self::hear_child(&mut client.children[slot(identity.kind)], event);
@@ -264,7 +272,7 @@ impl Core {
         let tell =
             |child: &Child| child.life.as_ref().is_some_and(|life| life.control.try_send(Control::Panic).is_ok());
         match client {
-            None => tell(&self.publisher.borrow()),
+            None => kind == ActorKind::Publisher && tell(&self.publisher.borrow()),
             Some(_) if kind == ActorKind::Publisher => false,
             Some(id) => self.with(id, |client| tell(client.child(kind))).unwrap_or(false),
         }

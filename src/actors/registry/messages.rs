@@ -125,6 +125,24 @@ pub enum ActorState {
     Stopped,
 }
 
+impl ActorState {
+    /// Every state.
+    pub const ALL: [Self; 6] =
+        [Self::Starting, Self::Running, Self::Paused, Self::Restarting, Self::Failing, Self::Stopped];
+
+    /// Its name in the API and the metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Restarting => "restarting",
+            Self::Failing => "failing",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
 /// The states of a client's actors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct ActorStates {
@@ -136,6 +154,20 @@ pub struct ActorStates {
     pub subscriber: ActorState,
     /// Inbox to webhook.
     pub pusher: ActorState,
+}
+
+/// Asks how all actors are, in numbers; for metrics and the console.
+#[derive(Debug, Message)]
+#[rtype(result = "ActorCensus")]
+pub struct GetActorCensus;
+
+/// The answer to [`GetActorCensus`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ActorCensus {
+    /// How many actors of a kind are in a state; those that are none are left out.
+    pub counts: Vec<(ActorKind, ActorState, u64)>,
+    /// Clients with an actor that is not simply at work, paused or not wanted; at most 1,000.
+    pub troubled: Vec<(ClientId, ActorStates)>,
 }
 
 /// Asks whether all actors run, for `/readyz`.

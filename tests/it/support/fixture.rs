@@ -9,6 +9,24 @@ pub(crate) enum BrokerKind {
     Embedded,
 }
 
+/// What a router needs of a broker that is a process of its own.
+#[derive(Default)]
+pub(crate) struct Provision {
+    /// Variables for the router: `SOAR_BROKER_URL` and the like.
+    pub(crate) router_env: Vec<(String, String)>,
+    /// What must live as long as the router: a node, or a virtual host on one.
+    pub(crate) _keep: Option<Box<dyn std::any::Any>>,
+}
+
+impl BrokerKind {
+    /// Starts what a router on this broker needs; nothing for the embedded one.
+    pub(crate) async fn provision(self) -> Provision {
+        match self {
+            Self::Embedded => Provision::default(),
+        }
+    }
+}
+
 /// What a test is given. Started fresh for each test on each broker.
 pub(crate) trait Fixture: Sized {
     /// Starts it.
@@ -34,6 +52,7 @@ macro_rules! broker_tests {
     };
     (@on $module:ident $kind:ident [$($name:ident: $fixture:ty,)*]) => {
         mod $module {
+            #[allow(unused_imports, reason = "the fixture's type may be named by its whole path")]
             use super::*;
             $(
                 #[actix_rt::test]

@@ -1,15 +1,25 @@
 //! What the tests stand on.
 //!
 //! - `fixture`: the brokers, and `broker_tests!`, which runs a test on each.
-//! - `env`: a broker without a router, for the conformance suite.
-//! - `memory`: how much a process has.
-//! - `wait`: waiting for a condition with a deadline, and for nothing to happen.
+//! - `app`: `TestApp`, a router on a broker; `http` talks to it, `process` is the program as a child process.
+//! - `env`: `BrokerEnv`, a broker without a router, for the conformance suite.
+//! - `control`: `ControlPlane`, a broker and the registry on it, without HTTP.
+//! - `endpoint`: `FakeEndpoint`, a webhook endpoint with every fault.
+//! - `load`: producers and consumers that note everything, and the reckoning.
+//! - `wait`: waiting for a condition with a deadline, and for nothing to happen. `memory`: how much a process has.
 
 #[macro_use]
 pub(crate) mod fixture;
+pub(crate) mod app;
+pub(crate) mod control;
+pub(crate) mod endpoint;
 pub(crate) mod env;
+pub(crate) mod http;
+pub(crate) mod load;
 pub(crate) mod memory;
+pub(crate) mod process;
 pub(crate) mod wait;
 
+pub(crate) use app::TestApp;
 pub(crate) use env::BrokerEnv;
 pub(crate) use wait::{eventually, stays_pending};

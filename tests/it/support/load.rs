@@ -1,0 +1,238 @@
+//! Producers and consumers that note every message and every answer, and the reckoning at the end: what promise 2, 3 and
+//! 4 of the contract come to when the router is killed in the middle.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::http::{Client, receipts};
+use super::wait::SOON;
+
+/// How long a producer or consumer waits before it tries a router again that did not answer.
+const TRY_AGAIN: Duration = Duration::from_millis(20);
+
+/// How a producer sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Manner {
+    /// One message a call, to a topic; a call without an answer may or may not have been taken.
+    Single,
+    /// Several a call.
+    Batch(usize),
+    /// Several a call as NDJSON, with own ids; a call without an answer is repeated until it has one.
+    OwnIds(usize),
+    /// One message a call, to everyone.
+    Notify,
+}
+
+/// What became of one message, as its sender knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// A 202.
+    Accepted,
+    /// No answer: it may arrive.
+    Unknown,
+}
+
+/// A message by its sender and the sender's count.
+type Name = (String, u64);
+
+/// What all producers and consumers of a run share.
+#[derive(Clone, Default)]
+pub(crate) struct Load {
+    stopped: Rc<Cell<bool>>,
+    accepted: Rc<Cell<usize>>,
+    sent: Rc<RefCell<BTreeMap<Name, Sent>>>,
+}
+
+struct Sent {
+    fate: Fate,
+    /// The id that the 202 gave, or the sender's own.
+    id: Option<String>,
+    /// Under which topic; `None` for a broadcast.
+    topic: Option<String>,
+}
+
+/// Everything that one client received, in order.
+#[derive(Clone, Default)]
+pub(crate) struct Received(Rc<RefCell<Vec<Value>>>);
+
+impl Load {
+    /// How many messages have a 202 so far.
+    pub(crate) fn accepted(&self) -> usize {
+        self.accepted.get()
+    }
+
+    /// Ends producers after their call.
+    pub(crate) fn stop(&self) {
+        self.stopped.set(true);
+    }
+
+    /// Sends until stopped.
+    pub(crate) async fn produce(&self, client: Client, topic: String, manner: Manner) {
+        let mut next = 0_u64;
+        while !self.stopped.get() {
+            let size = match manner {
+                Manner::Single | Manner::Notify => 1,
+                Manner::Batch(size) | Manner::OwnIds(size) => size as u64,
+            };
+            let count = next..next + size;
+            next += size;
+            let topic = (manner != Manner::Notify).then_some(topic.as_str());
+            let items: Vec<Value> = count.clone().map(|n| item(&client.id, n, topic, manner)).collect();
+            self.note(&client.id, count.clone(), Fate::Unknown, topic, &Value::Null);
+            if let Some(ids) = self.send(&client, &items, manner).await {
+                self.accepted.set(self.accepted.get() + items.len());
+                self.note(&client.id, count, Fate::Accepted, topic, &ids);
+            }
+        }
+    }
+
+    /// Sends one body; the ids when there is a 202.
+    async fn send(&self, client: &Client, items: &[Value], manner: Manner) -> Option<Value> {
+        let path = if manner == Manner::Notify { "/notify" } else { "/send" };
+        let until = Instant::now() + SOON;
+        loop {
+            let call = client.post(path);
+            let call = match manner {
+                Manner::Single | Manner::Notify => call.json(&items[0]),
+                Manner::Batch(_) => call.json(&json!(items)),
+                Manner::OwnIds(_) => {
+                    let lines: String = items.iter().map(|item| format!("{item}\n")).collect();
+                    call.body("application/x-ndjson", lines)
+                }
+            };
+            let repeat = match call.try_send().await {
+                Ok(answer) if answer.status == 202 => return Some(answer.json()["ids"].clone()),
+                // Nothing was taken, says the contract, except that 503 leaves it open.
+                Ok(answer) => {
+                    assert!(matches!(answer.status, 503 | 507), "{answer:?}");
+                    matches!(manner, Manner::OwnIds(_)) || answer.status == 507
+                }
+                Err(error) => matches!(manner, Manner::OwnIds(_)) || error.is_connect(),
+            };
+            if !repeat {
+                return None;
+            }
+            assert!(Instant::now() < until, "{}: no answer for {SOON:?}", client.id);
+            actix_rt::time::sleep(TRY_AGAIN).await;
+        }
+    }
+
+    fn note(&self, sender: &str, count: std::ops::Range<u64>, fate: Fate, topic: Option<&str>, ids: &Value) {
+        let mut sent = self.sent.borrow_mut();
+        for (place, n) in count.enumerate() {
+            let id = ids[place].as_str().map(str::to_owned);
+            sent.insert((sender.to_owned(), n), Sent { fate, id, topic: topic.map(str::to_owned) });
+        }
+    }
+
+    /// Receives with leases and acknowledges, until `done`.
+    pub(crate) async fn consume(&self, client: Client, received: Received, done: Rc<Cell<bool>>) {
+        while !done.get() {
+            let poll = client.get("/receive?max=200&wait=1&ack=manual&lease=3600").try_send().await;
+            let envelopes = match poll {
+                Ok(answer) if answer.status == 200 => answer.json()["messages"].as_array().expect("messages").clone(),
+                Ok(answer) => {
+                    assert_eq!(answer.status, 503, "{answer:?}");
+                    Vec::new()
+                }
+                Err(_) => {
+                    actix_rt::time::sleep(TRY_AGAIN).await;
+                    continue;
+                }
+            };
+            if envelopes.is_empty() {
+                continue;
+            }
+            let settled = json!({"receipts": receipts(&envelopes)});
+            received.0.borrow_mut().extend(envelopes);
+            // Without an answer they come again, which the reckoning allows.
+            if let Ok(answer) = client.post("/ack").json(&settled).try_send().await {
+                assert!(matches!(answer.status, 200 | 503), "{answer:?}");
+            }
+        }
+    }
+
+    /// How many accepted messages a client must have received that `wants` their topics (`None`: a broadcast).
+    pub(crate) fn expected(&self, wants: impl Fn(Option<&str>) -> bool) -> usize {
+        let sent = self.sent.borrow();
+        sent.values().filter(|sent| sent.fate == Fate::Accepted && wants(sent.topic.as_deref())).count()
+    }
+
+    /// Holds what a client received against what was sent: nothing accepted is missing, nothing came that was not sent
+    /// or is not for it, copies have one id, and each sender's messages came first in the order in which they were sent.
+    pub(crate) fn reckon(
+        &self,
+        client: &str,
+        received: &Received,
+        wants: impl Fn(Option<&str>) -> bool,
+        ordered: bool,
+    ) {
+        let sent = self.sent.borrow();
+        let mut first: HashMap<Name, String> = HashMap::new();
+        let mut last: HashMap<String, u64> = HashMap::new();
+        for envelope in received.0.borrow().iter() {
+            let message = &envelope["message"];
+            let name: Name =
+                (message["from"].as_str().expect("a sender").to_owned(), message["n"].as_u64().expect("a count"));
+            assert_eq!(envelope["sender"], name.0.as_str(), "{client}: {envelope}");
+            let known = sent.get(&name).unwrap_or_else(|| panic!("{client} got a phantom: {envelope}"));
+            assert_eq!(envelope["topic"].as_str(), known.topic.as_deref(), "{client}: {envelope}");
+            assert!(wants(known.topic.as_deref()), "{client} got what is not its own: {envelope}");
+            let id = envelope["id"].as_str().expect("an id");
+            if let Some(given) = &known.id {
+                assert_eq!(id, given, "{client}: the id that the 202 gave: {envelope}");
+            }
+            match first.get(&name) {
+                Some(before) => assert_eq!(id, before, "{client}: copies have one id: {envelope}"),
+                None => {
+                    if ordered && let Some(last) = last.insert(name.0.clone(), name.1) {
+                        assert!(last < name.1, "{client}: {name:?} came after {last}");
+                    }
+                    first.insert(name, id.to_owned());
+                }
+            }
+        }
+        let missing: Vec<_> = sent
+            .iter()
+            .filter(|(name, sent)| {
+                sent.fate == Fate::Accepted && wants(sent.topic.as_deref()) && !first.contains_key(*name)
+            })
+            .map(|(name, _)| name)
+            .collect();
+        assert!(
+            missing.is_empty(),
+            "{client}: {} accepted ones are missing: {:?}",
+            missing.len(),
+            &missing[..missing.len().min(10)]
+        );
+    }
+}
+
+impl Received {
+    /// How many different messages.
+    pub(crate) fn distinct(&self) -> usize {
+        let received = self.0.borrow();
+        let names = received.iter().map(|envelope| envelope["message"].to_string());
+        names.collect::<std::collections::HashSet<_>>().len()
+    }
+
+    /// How many in all.
+    pub(crate) fn len(&self) -> usize {
+        self.0.borrow().len()
+    }
+}
+
+fn item(sender: &str, n: u64, topic: Option<&str>, manner: Manner) -> Value {
+    let mut item = json!({"message": {"from": sender, "n": n, "filler": "x".repeat(200)}});
+    if let Some(topic) = topic {
+        item["topic"] = topic.into();
+    }
+    if let Manner::OwnIds(_) = manner {
+        item["id"] = format!("{sender}/{n}").into();
+    }
+    item
+}
