@@ -182,7 +182,7 @@ impl Shared {
 
     /// Never waits, whatever is in the registry's mailbox: that is bounded by the number of actors, each of which has a
     /// few events at most under way. When the registry is gone, nobody needs to know.
-    #[expect(clippy::disallowed_methods, reason = "bounded, as said; a report must not wait")]
+    #[expect(clippy::disallowed_methods, reason = "bounded by the number of actors, as said above")]
     pub(crate) fn report(&self, identity: Identity, what: ChildNews) {
         self.registry.do_send(ChildEvent { identity, what });
     }

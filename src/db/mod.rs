@@ -39,8 +39,12 @@ const READER_THREADS: usize = 2;
 /// Bytes in a database page. Larger than SQLite's 4,096: messages of 1 KiB then mostly stay off overflow pages.
 const PAGE_BYTES: u32 = 8192;
 
-/// WAL pages after which a commit checkpoints: 32 MiB. Rarer checkpoints write a hot page once instead of often.
-const CHECKPOINT_PAGES: u32 = 4096;
+/// The WAL is folded into the file when it has this part of the reserve, so that there is room for both; at most
+/// 32 MiB. Rarer checkpoints write a hot page once instead of often.
+const CHECKPOINT_PART_OF_RESERVE: u64 = 4;
+
+/// `PRAGMA auto_vacuum`: free pages are given back when asked.
+const AUTO_VACUUM_INCREMENTAL: u32 = 2;
 
 /// Memory for the page cache of one connection, in KiB.
 const CACHE_KIB: i32 = 8192;
@@ -52,8 +56,9 @@ const VACUUM_PAGES_PER_STEP: u32 = 64;
 const VACUUM_EVERY_MS: u64 = 5;
 const VACUUM_EVERY_COMMITS: u32 = 64;
 
-/// Free pages that are kept for reuse rather than given back: 16 MiB.
-const FREE_PAGES_KEPT: u32 = 2048;
+/// Free pages are kept for reuse rather than given back up to this part of the reserve: at most 16 MiB, and less on a
+/// small disk, because the file system counts them as taken.
+const KEPT_PART_OF_RESERVE: u64 = 8;
 
 /// What kind of failure a [`DbError`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,7 +185,8 @@ impl Db {
             let reads = Arc::clone(&reads);
             threads.push(spawn(&format!("db-read-{n}"), move || read_loop(&connection, &reads))?);
         }
-        threads.push(spawn("db-write", move || write_loop(&connection, &jobs, &standing))?);
+        let space = Space::new(path);
+        threads.push(spawn("db-write", move || write_loop(&connection, space, &jobs, &standing))?);
         drop(threads);
         Ok(db)
     }
@@ -335,15 +341,24 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread
         .map_err(|error| DbError { kind: DbErrorKind::Internal, detail: format!("start thread {name}: {error}") })
 }
 
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 fn open_connection(path: &Path) -> Result<Connection, DbError> {
     let connection = Connection::open(path)?;
     connection.busy_timeout(Duration::from_secs(5))?;
     // Page size and auto_vacuum must be set before the first table is made.
     connection.pragma_update(None, "page_size", PAGE_BYTES)?;
-    connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
+    // Only where it is not set: setting it writes to the file, which an old one on a full disk could not take.
+    if connection.query_row("PRAGMA auto_vacuum", [], |row| row.get::<_, u32>(0))? != AUTO_VACUUM_INCREMENTAL {
+        connection.pragma_update(None, "auto_vacuum", AUTO_VACUUM_INCREMENTAL)?;
+    }
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
+    let wal_bytes = room::reserve_bytes(directory_of(path)) / CHECKPOINT_PART_OF_RESERVE;
+    connection.pragma_update(None, "wal_autocheckpoint", wal_bytes / u64::from(PAGE_BYTES))?;
+    connection.pragma_update(None, "journal_size_limit", wal_bytes)?;
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     connection.pragma_update(None, "temp_store", "MEMORY")?;
     connection.set_prepared_statement_cache_capacity(64);
@@ -361,9 +376,13 @@ fn read_loop(connection: &Connection, jobs: &Mutex<mpsc::Receiver<ReadJob>>) {
     }
 }
 
-fn write_loop(connection: &Connection, jobs: &mpsc::Receiver<ToWriter>, standing: &OnceLock<Arc<dyn StandingJob>>) {
+fn write_loop(
+    connection: &Connection,
+    mut space: Space,
+    jobs: &mpsc::Receiver<ToWriter>,
+    standing: &OnceLock<Arc<dyn StandingJob>>,
+) {
     let mut batch: Vec<Box<dyn WriteJob>> = Vec::new();
-    let mut space = Space::default();
     let mut open = true;
     loop {
         while batch.len() < JOBS_PER_COMMIT_MAX {
@@ -429,18 +448,31 @@ fn transact(connection: &Connection, jobs: &mut [Box<dyn WriteJob>]) -> Result<(
             log::error!("cannot roll back: {error}");
         }
     }
-    result.map_err(DbError::from)
+    let result = result.map_err(DbError::from);
+    if result.as_ref().is_err_and(|error| error.kind == DbErrorKind::Full) {
+        // What was written for the transaction lies in the WAL, and no longer counts: give it back.
+        if let Err(error) = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())) {
+            log::debug!("cannot shorten the WAL on a full disk: {error}");
+        }
+    }
+    result
 }
 
 /// Gives free pages back to the file system: when there is nothing else to do, and now and then under load.
-#[derive(Default)]
 struct Space {
+    /// Free pages that are kept.
+    kept: u64,
     commits: u32,
     /// Whether there may be more free pages than are kept.
     surplus: bool,
 }
 
 impl Space {
+    fn new(path: &Path) -> Self {
+        let kept = room::reserve_bytes(directory_of(path)) / KEPT_PART_OF_RESERVE / u64::from(PAGE_BYTES);
+        Self { kept, commits: 0, surplus: false }
+    }
+
     /// How long the writer may sleep before it looks at the free pages again.
     fn patience(&self) -> Duration {
         if self.surplus { Duration::from_millis(VACUUM_EVERY_MS) } else { Duration::from_secs(3600) }
@@ -456,8 +488,8 @@ impl Space {
 
     fn give_back(&mut self, connection: &Connection) {
         let step = || -> rusqlite::Result<bool> {
-            let free: u32 = connection.prepare_cached("PRAGMA freelist_count")?.query_row([], |row| row.get(0))?;
-            if free <= FREE_PAGES_KEPT {
+            let free: u64 = connection.prepare_cached("PRAGMA freelist_count")?.query_row([], |row| row.get(0))?;
+            if free <= self.kept {
                 return Ok(false);
             }
             let mut statement = connection.prepare(&format!("PRAGMA incremental_vacuum({VACUUM_PAGES_PER_STEP})"))?;
@@ -505,16 +537,17 @@ mod tests {
         db.write(move |c| c.execute_batch(fill)).await.expect("fills");
         db.write(|c| c.execute_batch("DELETE FROM t")).await.expect("empties");
         let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).expect("the file is there");
+        let kept = Space::new(&directory.path().join("test.db")).kept;
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         // The file itself shrinks at a checkpoint; the pages are gone from it before.
-        while db.read(|c| c.query_row("PRAGMA page_count", [], |r| r.get::<_, u32>(0))).await.expect("reads")
-            > FREE_PAGES_KEPT + 100
+        while db.read(|c| c.query_row("PRAGMA page_count", [], |r| r.get::<_, u64>(0))).await.expect("reads")
+            > kept + 100
         {
             assert!(std::time::Instant::now() < deadline, "the file is not given back");
             tokio::task::yield_now().await;
         }
         db.close();
-        let kept = u64::from(FREE_PAGES_KEPT + 100) * u64::from(PAGE_BYTES);
+        let kept = (kept + 100) * u64::from(PAGE_BYTES);
         assert!(bytes(&directory.path().join("test.db")) <= kept);
     }
 

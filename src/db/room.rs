@@ -37,12 +37,21 @@ impl Room {
     }
 }
 
+/// What is kept free on the file system of `directory`, in bytes; the most when it cannot say how large it is.
+pub(super) fn reserve_bytes(directory: &Path) -> u64 {
+    match rustix::fs::statvfs(directory) {
+        Ok(stat) => reserve_of(stat.f_blocks * stat.f_frsize),
+        Err(_) => RESERVE_MAX_BYTES,
+    }
+}
+
+fn reserve_of(total: u64) -> u64 {
+    (total / 20).clamp(RESERVE_MIN_BYTES, RESERVE_MAX_BYTES)
+}
+
 fn has_reserve(directory: &Path) -> bool {
     match rustix::fs::statvfs(directory) {
-        Ok(stat) => {
-            let (free, total) = (stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize);
-            free > (total / 20).clamp(RESERVE_MIN_BYTES, RESERVE_MAX_BYTES)
-        }
+        Ok(stat) => stat.f_bavail * stat.f_frsize > reserve_of(stat.f_blocks * stat.f_frsize),
         // A file system that cannot say how full it is will say so when it is written to.
         Err(_) => true,
     }

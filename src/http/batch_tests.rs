@@ -112,6 +112,9 @@ fn a_message_at_the_limit_passes_and_one_beyond_is_413() {
 fn more_messages_than_a_request_may_have_are_413() {
     let body = format!("[{}]", vec![r#"{"topic":"a","message":1}"#; MESSAGES_MAX + 1].join(","));
     assert_eq!(read(&body).expect_err("too many").code(), Code::TooLarge);
+    // What is wrong with them is the more useful answer.
+    let junk = format!("[{}]", vec!["{}"; MESSAGES_MAX + 1].join(","));
+    assert_eq!(read(&junk).expect_err("junk").code(), Code::Invalid);
 }
 
 #[test]

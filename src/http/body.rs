@@ -15,7 +15,7 @@ use super::route::Call;
 use crate::client::ClientId;
 
 /// Longest body of a call that changes settings, in bytes.
-pub(crate) const SETTINGS_BYTES_MAX: usize = 1 << 20;
+pub(crate) const SETTINGS_BYTES_MAX: usize = 4 << 20;
 
 /// Longest list of receipts or dead-letter ids, in bytes of the body.
 pub(crate) const LIST_BYTES_MAX: usize = 2 << 20;

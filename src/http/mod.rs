@@ -43,6 +43,7 @@ mod settle;
 mod tests;
 mod token;
 mod webhooks;
+mod ws;
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -96,6 +97,7 @@ pub(crate) struct Api {
     state: State,
     guesses: GuessLimiter,
     budget: Arc<Budget>,
+    sockets: Arc<ws::Sockets>,
     tests: webhooks::Tests,
     openapi: Bytes,
 }
@@ -108,6 +110,7 @@ impl Api {
             state,
             guesses: GuessLimiter::default(),
             budget,
+            sockets: Arc::default(),
             tests: webhooks::Tests::default(),
             openapi: openapi.into(),
         }
@@ -130,6 +133,7 @@ fn routes() -> Vec<At> {
         at("/receive").take(receive::receive),
         at("/ack").post(settle::ack),
         at("/nack").post(settle::nack),
+        at("/ws").take(ws::ws),
         at("/token").post(token::token),
         at("/clients").get(clients::list).post(clients::create),
         at("/clients/{id}").get(clients::show).patch(clients::patch).delete(clients::delete),

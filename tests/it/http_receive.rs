@@ -161,7 +161,7 @@ broker_tests! {
     async fn pulling_is_refused_while_a_webhook_is_set(app: &mut TestApp) {
         let client = with_messages(app, 1).await;
         // Nobody listens there, and nothing is retried within the test.
-        let webhook = json!({"url": "http://127.0.0.1:9/", "retry_schedule_s": [86400]});
+        let webhook = json!({"url": "http://127.0.0.1:47999/", "retry_schedule_s": [86400]});
         app.patch("client", json!({ "webhook": webhook })).await;
         client.get("/receive").send().await.problem(409, "webhook_configured");
         app.patch("client", json!({"webhook": {"enabled": false}})).await;

@@ -1,0 +1,125 @@
+//! `latency`: from the moment a message should leave its sender to its arrival in a long poll, at a steady rate.
+//!
+//! Messages are due by the clock, not by the answers to earlier ones, and are timed from when they are due: a router
+//! that stops for a moment is charged for everyone who had to wait meanwhile.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use super::Options;
+use super::load::{Run, Tasks, receive};
+use super::payload::Payload;
+use super::report::Report;
+use super::scenarios::report;
+use super::target::{Caller, Target, unexpected};
+use crate::cli::error::CliError;
+use crate::cli::interrupt::Interrupt;
+
+/// How often due messages are looked for: tokio's finest.
+const TICK: Duration = Duration::from_millis(1);
+
+/// Due messages that may wait for a connection, as a multiple of a second's; then the router is too slow for the rate.
+const BEHIND_S_MAX: u64 = 10;
+
+/// Seconds of a long poll.
+const POLL_S: u32 = 5;
+
+/// Messages that are due, and when each was.
+#[derive(Default)]
+struct Due {
+    waiting: RefCell<VecDeque<u64>>,
+    since: RefCell<Vec<Instant>>,
+    more: Notify,
+    is_over: Cell<bool>,
+}
+
+/// Runs the scenario.
+pub(super) async fn latency(target: &Target, options: &Options, interrupt: &Interrupt) -> Result<Report, CliError> {
+    let connections = options.connections.unwrap_or(16);
+    let topic = target.topic("latency");
+    let receiver = target.onboard("latency-in", std::slice::from_ref(&topic)).await?;
+    let sender = target.onboard("latency-out", &[]).await?;
+    let payload = Rc::new(Payload::new(&topic, options.bytes));
+    let due = Rc::new(Due::default());
+    let run = Run::begin(options, options.seconds, 1, interrupt);
+    let mut tasks = Tasks::new(&run);
+    tasks.spawn_sender(tick(Rc::clone(&run), Rc::clone(&due), options.rate));
+    for _ in 0..connections {
+        let caller = target.single_sender(&sender);
+        tasks.spawn_sender(send_due(Rc::clone(&run), Rc::clone(&due), caller, Rc::clone(&payload)));
+    }
+    let caller = target.receiver(&receiver, POLL_S);
+    let arrivals = Rc::clone(&due);
+    tasks.spawn(receive(Rc::clone(&run), caller, 0, payload.message_bytes(), move |run, number| {
+        if let Some(since) = arrivals.since.borrow().get(number as usize) {
+            run.times.borrow_mut().add(since.elapsed());
+        }
+    }));
+    tasks.finish("at a steady rate", options.json, |run| run.ledger.borrow().arrived()).await?;
+    let took = run.last_accepted.get() - run.started;
+    let what = format!("send to long-poll receive at {} messages/s over {connections} connections", options.rate);
+    Ok(report("latency", what, &run, "messages", run.accepted.get(), took, "send to receive"))
+}
+
+/// Makes messages due.
+async fn tick(run: Rc<Run>, due: Rc<Due>, rate: u64) -> Result<(), CliError> {
+    let mut beat = tokio::time::interval(TICK);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    let mut made = 0;
+    let outcome = loop {
+        beat.tick().await;
+        let now = Instant::now();
+        let target = (now - run.started).as_micros() as u64 * rate / 1_000_000;
+        let Some(numbers) = (if target > made {
+            run.take(target - made)
+        } else if run.is_over() {
+            None
+        } else {
+            Some(0..0)
+        }) else {
+            break Ok(());
+        };
+        made += numbers.end - numbers.start;
+        for number in numbers {
+            due.since.borrow_mut().push(now);
+            due.waiting.borrow_mut().push_back(number);
+            due.more.notify_one();
+        }
+        if due.waiting.borrow().len() as u64 > rate * BEHIND_S_MAX {
+            break Err(CliError::failed(format!(
+                "the router cannot keep up with {rate} messages/s; try a lower --rate"
+            )));
+        }
+    };
+    due.is_over.set(true);
+    due.more.notify_waiters();
+    outcome
+}
+
+/// Sends what is due over one connection.
+async fn send_due(run: Rc<Run>, due: Rc<Due>, mut caller: Caller, payload: Rc<Payload>) -> Result<(), CliError> {
+    let mut body = Vec::new();
+    loop {
+        // Before looking, so that nothing that comes due between is slept through.
+        let more = due.more.notified();
+        let number = due.waiting.borrow_mut().pop_front();
+        let Some(number) = number else {
+            if due.is_over.get() {
+                return Ok(());
+            }
+            more.await;
+            continue;
+        };
+        body.clear();
+        payload.write(number..number + 1, &mut body);
+        let answer = caller.call(&body).await?;
+        if answer.status != 202 {
+            return Err(unexpected(&answer));
+        }
+        run.accept(number..number + 1);
+    }
+}

@@ -1,0 +1,205 @@
+//! The router that is measured: one of our own in a temporary directory, or one that runs already.
+
+use std::cell::RefCell;
+
+use base64::Engine as _;
+use futures_util::{StreamExt as _, stream};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::Options;
+use super::wire::{Answer, Wire};
+use crate::cli::api::{Api, Call, Who};
+use crate::cli::child::{Router, Settings};
+use crate::cli::context::Context;
+use crate::cli::error::CliError;
+use crate::cli::progress;
+
+/// Clients removed at once when the bench tidies up.
+const REMOVED_AT_ONCE: usize = 16;
+
+/// A router under load.
+pub(super) struct Target {
+    /// `host:port`.
+    pub(super) address: String,
+    /// For everything but the hot loops.
+    pub(super) api: Api,
+    admin: Who,
+    /// Our own, if it is.
+    pub(super) router: Option<Router>,
+    /// Names everything that this run makes, so that it meets nobody else's.
+    pub(super) run: String,
+    /// Whether what it makes outlives it, and must be removed.
+    leaves_traces: bool,
+    made: RefCell<Vec<String>>,
+}
+
+/// A client of the bench.
+pub(super) struct Party {
+    /// Its id.
+    pub(super) id: String,
+    authorization: String,
+}
+
+/// A connection that makes one kind of call, over and over.
+pub(super) struct Caller {
+    wire: Wire,
+    prefix: Vec<u8>,
+    request: Vec<u8>,
+}
+
+impl Target {
+    /// Starts a router, or looks at the one that `--url` names.
+    ///
+    /// # Errors
+    /// When it cannot be reached.
+    pub(super) async fn open(context: &Context, options: &Options) -> Result<Self, CliError> {
+        let run = format!("{:06x}", rand::random::<u32>() & 0x00ff_ffff);
+        let (api, admin, router, leaves_traces) = if context.url_was_typed {
+            (context.api()?, context.admin()?, None, true)
+        } else {
+            let settings = Settings {
+                what: "bench",
+                parent: options.dir.as_deref(),
+                broker: options.broker.as_deref(),
+                queue_type: options.queue_type.as_deref(),
+                ..Settings::default()
+            };
+            let router = Router::start(&settings).await?;
+            let broker_is_shared = options.broker.as_deref().is_some_and(|broker| broker != "embedded");
+            (Api::new(router.url(), None)?, router.admin()?, Some(router), broker_is_shared)
+        };
+        let url = api.url();
+        let (Some(host), "http", "/") = (url.host_str(), url.scheme(), url.path()) else {
+            return Err(CliError::usage("bench speaks plain HTTP to http://HOST:PORT: measure behind the TLS proxy"));
+        };
+        let address = format!("{host}:{}", url.port_or_known_default().unwrap_or(80));
+        Ok(Self { address, api, admin, router, run, leaves_traces, made: RefCell::default() })
+    }
+
+    /// A topic of this run.
+    pub(super) fn topic(&self, name: &str) -> String {
+        format!("bench.{}.{name}", self.run)
+    }
+
+    /// Onboards a client of the bench.
+    ///
+    /// # Errors
+    /// What the router says.
+    pub(super) async fn onboard(&self, name: &str, subscriptions: &[String]) -> Result<Party, CliError> {
+        let id = format!("bench-{}-{name}", self.run);
+        let body = json!({"client_id": id, "subscriptions": subscriptions}).to_string();
+        let record: Value = self.api.fetch(&Call::new(Method::POST, &["clients"], &self.admin).json(body)).await?;
+        self.note_made(id.clone());
+        let secret = record["secret"].as_str().unwrap_or_default();
+        Ok(Party::new(id, secret))
+    }
+
+    /// Something to remove afterwards.
+    pub(super) fn note_made(&self, id: String) {
+        if self.leaves_traces {
+            self.made.borrow_mut().push(id);
+        }
+    }
+
+    /// Removes every client that this run has made, where they would stay otherwise.
+    ///
+    /// # Errors
+    /// What the router says; the others are removed nevertheless.
+    pub(super) async fn tidy_up(&self, json: bool) -> Result<(), CliError> {
+        let made = self.made.take();
+        if made.is_empty() {
+            return Ok(());
+        }
+        let bar = progress::bar(Some(made.len() as u64), "removing the bench's clients", json);
+        let removals = stream::iter(made)
+            .map(|id| async move { self.api.call(&Call::new(Method::DELETE, &["clients", &id], &self.admin)).await });
+        let mut removals = removals.buffer_unordered(REMOVED_AT_ONCE);
+        let mut outcome = Ok(());
+        while let Some(removed) = removals.next().await {
+            bar.inc(1);
+            if let Err(failure) = removed
+                && outcome.is_ok()
+            {
+                outcome =
+                    Err(CliError::failed(format!("could not remove all clients bench-{}-…: {failure}", self.run)));
+            }
+        }
+        bar.finish_and_clear();
+        outcome
+    }
+
+    /// The router's resident memory, if it is ours.
+    pub(super) fn resident_bytes(&mut self) -> Option<u64> {
+        self.router.as_mut()?.process().resident_bytes()
+    }
+
+    /// A connection over which the operator onboards clients.
+    pub(super) fn onboarder(&self) -> Caller {
+        let Who::Admin(token) = &self.admin else { unreachable!("the bench asks as the operator") };
+        Caller::post(&self.address, "/clients", &format!("Bearer {token}"), "application/json")
+    }
+
+    /// A connection over which a client sends one message, or many as NDJSON.
+    pub(super) fn sender(&self, party: &Party) -> Caller {
+        Caller::post(&self.address, "/send", &party.authorization, "application/x-ndjson")
+    }
+
+    /// A connection over which a client sends a single JSON object.
+    pub(super) fn single_sender(&self, party: &Party) -> Caller {
+        Caller::post(&self.address, "/send", &party.authorization, "application/json")
+    }
+
+    /// A connection over which a client reads its inbox, waiting up to `wait_s`.
+    pub(super) fn receiver(&self, party: &Party, wait_s: u32) -> Caller {
+        let path = format!("/receive?max=1000&wait={wait_s}&ack=auto");
+        Caller::new(&self.address, "GET", &path, &format!("authorization: {}\r\n", party.authorization))
+    }
+}
+
+impl Party {
+    /// A client by its credentials.
+    pub(super) fn new(id: String, secret: &str) -> Self {
+        let credentials = base64::engine::general_purpose::STANDARD.encode(format!("{id}:{secret}"));
+        Self { id, authorization: format!("Basic {credentials}") }
+    }
+}
+
+impl Caller {
+    /// POSTs of bodies of one kind.
+    pub(super) fn post(address: &str, path: &str, authorization: &str, content_type: &str) -> Self {
+        let headers = format!("authorization: {authorization}\r\ncontent-type: {content_type}\r\n");
+        Self::new(address, "POST", path, &headers)
+    }
+
+    fn new(address: &str, method: &str, path: &str, headers: &str) -> Self {
+        let prefix = format!("{method} {path} HTTP/1.1\r\nhost: {address}\r\n{headers}").into_bytes();
+        Self { wire: Wire::new(address), prefix, request: Vec::new() }
+    }
+
+    /// Makes the call with a body.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub(super) async fn call(&mut self, body: &[u8]) -> Result<Answer<'_>, CliError> {
+        self.request.clear();
+        self.request.extend_from_slice(&self.prefix);
+        if !body.is_empty() {
+            self.request.extend_from_slice(b"content-length: ");
+            self.request.extend_from_slice(itoa::Buffer::new().format(body.len()).as_bytes());
+            self.request.extend_from_slice(b"\r\n");
+        }
+        self.request.extend_from_slice(b"\r\n");
+        self.request.extend_from_slice(body);
+        self.wire
+            .exchange(&self.request)
+            .await
+            .map_err(|error| CliError::failed(format!("the connection to the router broke under load: {error}")))
+    }
+}
+
+/// An answer that is none of those that a scenario knows.
+pub(super) fn unexpected(answer: &Answer<'_>) -> CliError {
+    let said: String = String::from_utf8_lossy(answer.body).chars().take(300).collect();
+    CliError::failed(format!("the router answered {} under load: {said}", answer.status))
+}
