@@ -19,6 +19,7 @@ use actix_web::dev::ServerHandle;
 use futures_util::future::{join_all, try_join_all};
 use tokio::sync::{oneshot, watch};
 
+use crate::actors::pusher;
 use crate::actors::registry::{ClientRegistry, GetActorCensus, RegistryParts, Shutdown};
 use crate::broker::{Broker, BrokerError, embedded};
 use crate::config::{BrokerChoice, Config, TlsFiles};
@@ -29,6 +30,7 @@ use crate::secret::{self, Secret, SecretHash};
 use crate::store::Store;
 use crate::telemetry::{self, Observer, Telemetry};
 use crate::token::{TokenSecret, TokenSecretError, Tokens};
+use crate::webhook;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 4096;
@@ -79,6 +81,9 @@ pub enum AppError {
         /// Why.
         detail: String,
     },
+    /// The file in `SOAR_WEBHOOK_CA` cannot be used.
+    #[error("cannot use SOAR_WEBHOOK_CA: {0}")]
+    WebhookCa(webhook::tls::CaError),
     /// The broker cannot be opened.
     #[error("cannot open the broker: {}", crate::actors::describe(.0))]
     Broker(BrokerError),
@@ -119,6 +124,8 @@ pub struct App {
     servers: Vec<ServerHandle>,
     servers_end: JoinHandle<std::io::Result<()>>,
     observer: JoinHandle<()>,
+    attempts: Arc<webhook::AttemptLog>,
+    attempts_run: JoinHandle<()>,
     closing: watch::Sender<bool>,
 }
 
@@ -151,6 +158,10 @@ impl App {
         let store = Store::open(db.clone(), &token_secret).await.map_err(database)?;
         let loaded = store.load().await.map_err(database)?;
         let broker = open_broker(&config, &db, &telemetry).await.map_err(AppError::Broker)?;
+        let connector = webhook::tls::connector(config.webhook_ca.as_deref()).map_err(AppError::WebhookCa)?;
+        let sender = webhook::Sender::new(config.webhook_allow.clone(), connector);
+        let webhooks = webhook::Means::open(db.clone(), sender, config.attempt_retention, Arc::clone(&telemetry));
+        let webhooks = webhooks.await.map_err(database)?;
         let directory = Arc::new(Directory::default());
         let parts = RegistryParts {
             broker: Arc::clone(&broker),
@@ -159,7 +170,8 @@ impl App {
             telemetry: Arc::clone(&telemetry),
             max_message_bytes: config.max_message_bytes,
             retention: config.attempt_retention,
-            pusher: None,
+            pusher: Some(pusher::factory(webhooks.clone())),
+            attempts: Some(Arc::clone(&webhooks.log)),
         };
         let registry = ClientRegistry::start(parts, loaded)
             .map_err(|source| AppError::Start { what: "the actors' threads", source })?;
@@ -174,6 +186,7 @@ impl App {
             tokens: Arc::new(Tokens::new(token_secret, config.token_lifetime)),
             admin: SecretHash::of(&admin_token),
             shutdown,
+            webhooks: webhooks.clone(),
         };
         let servers = http::start(state, listener, metrics_listener, tls)
             .map_err(|source| AppError::Start { what: "the HTTP server", source })?;
@@ -191,6 +204,8 @@ impl App {
             servers: servers.iter().map(actix_web::dev::Server::handle).collect(),
             servers_end: actix_rt::spawn(async move { try_join_all(servers).await.map(|_| ()) }),
             observer,
+            attempts_run: actix_rt::spawn(Arc::clone(&webhooks.log).run()),
+            attempts: webhooks.log,
             closing,
         })
     }
@@ -314,6 +329,10 @@ impl App {
         let shutdown = self.registry.send(Shutdown { within: actors });
         if let Some(Err(error)) = within(actors + Duration::from_secs(1), "actors", shutdown).await {
             log::error!("the registry cannot stop the actors: {error}");
+        }
+        self.attempts_run.abort();
+        if let Some(Err(error)) = within(left() / 2, "the log of webhook attempts", self.attempts.flush()).await {
+            log::warn!("cannot write the last webhook attempts: {error}");
         }
         within(left(), "the broker", self.broker.close()).await;
         let (closed, is_closed) = oneshot::channel();
