@@ -5,6 +5,7 @@
 //! - `support`: starts routers and brokers, talks to them, waits for conditions. Start reading there.
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
 //! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
+//! - `ws`: the WebSocket.
 //! - `flow`: messages from sender to receivers, through the whole router. `http_…`: each part of the API.
 //!
 //! A test inside `broker_tests!` runs once on each broker; see `support::fixture`.
@@ -24,3 +25,4 @@ mod http_problems;
 mod http_receive;
 mod http_send;
 mod panic;
+mod ws;
