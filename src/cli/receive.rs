@@ -253,13 +253,15 @@ fn line(shown: &Shown<'_>) -> String {
 mod tests {
     use super::*;
     use std::io::Write;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
+
+    use parking_lot::Mutex;
 
     #[derive(Clone, Default)]
     struct Sink(Arc<Mutex<Vec<u8>>>);
     impl Write for Sink {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().expect("no panic while held").extend_from_slice(bytes);
+            self.0.lock().extend_from_slice(bytes);
             Ok(bytes.len())
         }
         fn flush(&mut self) -> std::io::Result<()> {
@@ -273,7 +275,7 @@ mod tests {
         let message: &RawValue = serde_json::from_str(message).expect("JSON");
         print(&mut out, message).expect("written");
         out.flush().expect("written");
-        String::from_utf8(sink.0.lock().expect("no panic while held").clone()).expect("UTF-8")
+        String::from_utf8(sink.0.lock().clone()).expect("UTF-8")
     }
 
     #[test]

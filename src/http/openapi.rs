@@ -32,7 +32,7 @@ use super::{clients, console, dead_letters, health, messages, pages, receive, se
         health::livez, health::readyz, health::metrics, openapi,
         pages::console, pages::docs, pages::asset, console::feed,
     ),
-    components(schemas(ProblemView, FieldError, Code, AckMode, receive::EnvelopeView)),
+    components(schemas(ProblemView, FieldError, Code, AckMode, console::Sort, receive::EnvelopeView)),
     tags(
         (name = "messages", description = "A client's calls: send, receive, settle."),
         (name = "clients", description = "Onboarding and looking after clients."),

@@ -42,7 +42,7 @@ pub(crate) struct SendMessage {
     #[schema(value_type = Value, example = json!({"depth_m": 42.5}))]
     message: serde_json::Value,
     /// The sender's own id: sent again within `SOAR_DEDUP_WINDOW`, the message is routed once. Visible ASCII without `.`.
-    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "dive-7")]
+    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "dive-7", nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
 }
@@ -54,7 +54,7 @@ pub(crate) struct NotifyMessage {
     #[schema(value_type = Value, example = json!({"maintenance": "at noon"}))]
     message: serde_json::Value,
     /// The sender's own id: sent again within `SOAR_DEDUP_WINDOW`, the message is routed once. Visible ASCII without `.`.
-    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "note-1")]
+    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "note-1", nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
 }
@@ -109,7 +109,7 @@ pub(crate) struct Accepted {
     params(Traced),
     request_body(content(
         (SendBody = "application/json", example = json!({"topic": "soar.noc.slocum", "message": {"depth_m": 42.5}})),
-        (SendMessage = "application/x-ndjson", example = json!({"topic": "soar.noc.slocum", "message": 1})),
+        (SendMessage = "application/x-ndjson"),
     )),
     responses(
         (status = 202, description = "Accepted: durable", body = Accepted),
@@ -129,7 +129,7 @@ pub(crate) async fn send(call: Call) -> Answer {
     params(Traced),
     request_body(content(
         (NotifyBody = "application/json", example = json!({"message": {"maintenance": "at noon"}})),
-        (NotifyMessage = "application/x-ndjson", example = json!({"message": 1})),
+        (NotifyMessage = "application/x-ndjson"),
     )),
     responses(
         (status = 202, description = "Accepted: durable", body = Accepted),

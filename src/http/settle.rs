@@ -33,9 +33,10 @@ pub(crate) struct NackBody {
     /// As `GET /receive?ack=manual` gave them.
     receipts: Vec<String>,
     /// Seconds after which the messages are there again; at once unless given.
-    #[schema(minimum = 0, maximum = 2_592_000)]
+    #[schema(minimum = 0, maximum = 2_592_000, nullable = false)]
     delay_s: Option<u32>,
     /// Into the dead letters instead, as `rejected`.
+    #[schema(nullable = false)]
     dead: Option<bool>,
 }
 

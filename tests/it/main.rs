@@ -25,4 +25,6 @@ mod http_problems;
 mod http_receive;
 mod http_send;
 mod panic;
+mod webhook_push;
+mod webhook_send;
 mod ws;
