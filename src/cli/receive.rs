@@ -216,8 +216,11 @@ impl Inbox {
         })?;
         let unknown = serde_json::from_slice::<Settled>(&answer).map_or(0, |settled| settled.unknown.len());
         if unknown > 0 && verb == "ack" {
-            let many = count(unknown as u64, "message");
-            context.out.note(format!("{many} took longer to print than the lease of {} s; may come again", self.lease));
+            context.out.note(format!(
+                "{} came too late to be acknowledged (the router restarted, or the lease of {} s was over): may come again",
+                count(unknown as u64, "message"),
+                self.lease
+            ));
         }
         Ok(())
     }
@@ -252,14 +255,15 @@ fn line(shown: &Shown<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use parking_lot::Mutex;
     use std::io::Write;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
 
     #[derive(Clone, Default)]
     struct Sink(Arc<Mutex<Vec<u8>>>);
     impl Write for Sink {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().expect("no panic while held").extend_from_slice(bytes);
+            self.0.lock().extend_from_slice(bytes);
             Ok(bytes.len())
         }
         fn flush(&mut self) -> std::io::Result<()> {
@@ -273,7 +277,7 @@ mod tests {
         let message: &RawValue = serde_json::from_str(message).expect("JSON");
         print(&mut out, message).expect("written");
         out.flush().expect("written");
-        String::from_utf8(sink.0.lock().expect("no panic while held").clone()).expect("UTF-8")
+        String::from_utf8(sink.0.lock().clone()).expect("UTF-8")
     }
 
     #[test]
