@@ -468,3 +468,56 @@ fn observe(
     let observer = Observer::new(Arc::clone(broker), Arc::clone(directory), Arc::clone(telemetry), Some(census));
     actix_rt::spawn(observer.run())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(directory: &std::path::Path) -> Config {
+        Config {
+            data_dir: directory.join("data"),
+            bind: ([127, 0, 0, 1], 0).into(),
+            metrics_bind: Some(([127, 0, 0, 1], 0).into()),
+            ..Config::default()
+        }
+    }
+
+    async fn status(address: SocketAddr, path: &str) -> u16 {
+        let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+        let answer = client.get(format!("http://{address}{path}")).send().await.expect("answers");
+        answer.status().as_u16()
+    }
+
+    #[actix_rt::test]
+    async fn it_starts_on_free_ports_keeps_its_secrets_and_stops() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let app = App::build(config(directory.path())).await.expect("starts");
+        let metrics = app.metrics_address().expect("is configured");
+        assert_ne!(app.address().port(), metrics.port());
+        assert_eq!(status(app.address(), "/livez").await, 200);
+        assert_eq!(status(metrics, "/metrics").await, 200);
+        assert_eq!(status(metrics, "/clients").await, 404);
+        let token = app.admin_token().to_owned();
+        assert_eq!(std::fs::read_to_string(directory.path().join("data/admin-token")).expect("reads").trim(), token);
+
+        let second = App::build(config(directory.path())).await.err().expect("the directory is in use");
+        assert!(matches!(second, AppError::Database { .. }), "{second}");
+        let taken = App::build(Config { bind: app.address(), ..config(directory.path()) }).await.err();
+        assert!(matches!(taken, Some(AppError::Bind { variable: "SOAR_BIND", .. })), "{taken:?}");
+        app.stop().await;
+
+        let app = App::build(config(directory.path())).await.expect("starts again");
+        assert_eq!(app.admin_token(), token);
+        app.stop().await;
+    }
+
+    #[actix_rt::test]
+    async fn a_token_secret_file_that_holds_something_else_is_named() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let config = config(directory.path());
+        std::fs::create_dir(&config.data_dir).expect("makes");
+        std::fs::write(config.token_key_path(), "k4.local.short").expect("writes");
+        let error = App::build(config).await.err().expect("refused").to_string();
+        assert!(error.contains("token-key") && !error.contains("short"), "{error}");
+    }
+}

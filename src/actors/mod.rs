@@ -22,6 +22,7 @@ mod broadcaster;
 mod forwarder;
 mod pipeline;
 mod publisher;
+pub mod pusher;
 pub mod registry;
 mod subscriber;
 pub mod supervision;

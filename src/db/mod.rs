@@ -43,6 +43,9 @@ const PAGE_BYTES: u32 = 8192;
 /// 32 MiB. Rarer checkpoints write a hot page once instead of often.
 const CHECKPOINT_PART_OF_RESERVE: u64 = 4;
 
+/// `PRAGMA auto_vacuum`: free pages are given back when asked.
+const AUTO_VACUUM_INCREMENTAL: u32 = 2;
+
 /// Memory for the page cache of one connection, in KiB.
 const CACHE_KIB: i32 = 8192;
 
@@ -53,8 +56,9 @@ const VACUUM_PAGES_PER_STEP: u32 = 64;
 const VACUUM_EVERY_MS: u64 = 5;
 const VACUUM_EVERY_COMMITS: u32 = 64;
 
-/// Free pages that are kept for reuse rather than given back: 16 MiB.
-const FREE_PAGES_KEPT: u32 = 2048;
+/// Free pages are kept for reuse rather than given back up to this part of the reserve: at most 16 MiB, and less on a
+/// small disk, because the file system counts them as taken.
+const KEPT_PART_OF_RESERVE: u64 = 8;
 
 /// What kind of failure a [`DbError`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -181,7 +185,8 @@ impl Db {
             let reads = Arc::clone(&reads);
             threads.push(spawn(&format!("db-read-{n}"), move || read_loop(&connection, &reads))?);
         }
-        threads.push(spawn("db-write", move || write_loop(&connection, &jobs, &standing))?);
+        let space = Space::new(path);
+        threads.push(spawn("db-write", move || write_loop(&connection, space, &jobs, &standing))?);
         drop(threads);
         Ok(db)
     }
@@ -336,16 +341,22 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread
         .map_err(|error| DbError { kind: DbErrorKind::Internal, detail: format!("start thread {name}: {error}") })
 }
 
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 fn open_connection(path: &Path) -> Result<Connection, DbError> {
     let connection = Connection::open(path)?;
     connection.busy_timeout(Duration::from_secs(5))?;
     // Page size and auto_vacuum must be set before the first table is made.
     connection.pragma_update(None, "page_size", PAGE_BYTES)?;
-    connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
+    // Only where it is not set: setting it writes to the file, which an old one on a full disk could not take.
+    if connection.query_row("PRAGMA auto_vacuum", [], |row| row.get::<_, u32>(0))? != AUTO_VACUUM_INCREMENTAL {
+        connection.pragma_update(None, "auto_vacuum", AUTO_VACUUM_INCREMENTAL)?;
+    }
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let wal_bytes = room::reserve_bytes(directory) / CHECKPOINT_PART_OF_RESERVE;
+    let wal_bytes = room::reserve_bytes(directory_of(path)) / CHECKPOINT_PART_OF_RESERVE;
     connection.pragma_update(None, "wal_autocheckpoint", wal_bytes / u64::from(PAGE_BYTES))?;
     connection.pragma_update(None, "journal_size_limit", wal_bytes)?;
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
@@ -365,9 +376,13 @@ fn read_loop(connection: &Connection, jobs: &Mutex<mpsc::Receiver<ReadJob>>) {
     }
 }
 
-fn write_loop(connection: &Connection, jobs: &mpsc::Receiver<ToWriter>, standing: &OnceLock<Arc<dyn StandingJob>>) {
+fn write_loop(
+    connection: &Connection,
+    mut space: Space,
+    jobs: &mpsc::Receiver<ToWriter>,
+    standing: &OnceLock<Arc<dyn StandingJob>>,
+) {
     let mut batch: Vec<Box<dyn WriteJob>> = Vec::new();
-    let mut space = Space::default();
     let mut open = true;
     loop {
         while batch.len() < JOBS_PER_COMMIT_MAX {
@@ -444,14 +459,20 @@ fn transact(connection: &Connection, jobs: &mut [Box<dyn WriteJob>]) -> Result<(
 }
 
 /// Gives free pages back to the file system: when there is nothing else to do, and now and then under load.
-#[derive(Default)]
 struct Space {
+    /// Free pages that are kept.
+    kept: u64,
     commits: u32,
     /// Whether there may be more free pages than are kept.
     surplus: bool,
 }
 
 impl Space {
+    fn new(path: &Path) -> Self {
+        let kept = room::reserve_bytes(directory_of(path)) / KEPT_PART_OF_RESERVE / u64::from(PAGE_BYTES);
+        Self { kept, commits: 0, surplus: false }
+    }
+
     /// How long the writer may sleep before it looks at the free pages again.
     fn patience(&self) -> Duration {
         if self.surplus { Duration::from_millis(VACUUM_EVERY_MS) } else { Duration::from_secs(3600) }
@@ -467,8 +488,8 @@ impl Space {
 
     fn give_back(&mut self, connection: &Connection) {
         let step = || -> rusqlite::Result<bool> {
-            let free: u32 = connection.prepare_cached("PRAGMA freelist_count")?.query_row([], |row| row.get(0))?;
-            if free <= FREE_PAGES_KEPT {
+            let free: u64 = connection.prepare_cached("PRAGMA freelist_count")?.query_row([], |row| row.get(0))?;
+            if free <= self.kept {
                 return Ok(false);
             }
             let mut statement = connection.prepare(&format!("PRAGMA incremental_vacuum({VACUUM_PAGES_PER_STEP})"))?;
@@ -516,16 +537,17 @@ mod tests {
         db.write(move |c| c.execute_batch(fill)).await.expect("fills");
         db.write(|c| c.execute_batch("DELETE FROM t")).await.expect("empties");
         let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).expect("the file is there");
+        let kept = Space::new(&directory.path().join("test.db")).kept;
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         // The file itself shrinks at a checkpoint; the pages are gone from it before.
-        while db.read(|c| c.query_row("PRAGMA page_count", [], |r| r.get::<_, u32>(0))).await.expect("reads")
-            > FREE_PAGES_KEPT + 100
+        while db.read(|c| c.query_row("PRAGMA page_count", [], |r| r.get::<_, u64>(0))).await.expect("reads")
+            > kept + 100
         {
             assert!(std::time::Instant::now() < deadline, "the file is not given back");
             tokio::task::yield_now().await;
         }
         db.close();
-        let kept = u64::from(FREE_PAGES_KEPT + 100) * u64::from(PAGE_BYTES);
+        let kept = (kept + 100) * u64::from(PAGE_BYTES);
         assert!(bytes(&directory.path().join("test.db")) <= kept);
     }
 

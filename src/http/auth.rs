@@ -49,9 +49,7 @@ impl Call {
     pub(crate) fn client(&self) -> Result<Arc<ClientEntry>, Problem> {
         match self.identify(Challenge::BasicOrBearer)? {
             Who::Client(entry) => Ok(entry),
-            Who::Admin => {
-                Err(Problem::forbidden("this is a client's call; use a client's credentials, not the admin's"))
-            }
+            Who::Admin => Err(not_for_the_admin()),
         }
     }
 
@@ -86,12 +84,27 @@ impl Call {
         if credentials == Credentials::None {
             return Err(Problem::unauthorized(challenge));
         }
-        if let Some(who) = self.check(&credentials) {
-            return Ok(who);
+        match self.check(&credentials) {
+            Some(who) => Ok(who),
+            None => Err(self.wrong(challenge)),
         }
+    }
+
+    /// For a client's call that brings its token elsewhere than in `Authorization`.
+    pub(crate) fn client_by_token(&self, token: &str) -> Result<Arc<ClientEntry>, Problem> {
+        let short_enough = token.len() <= BEARER_BYTES_MAX;
+        match short_enough.then(|| self.check(&Credentials::Bearer(token))).flatten() {
+            Some(Who::Client(entry)) => Ok(entry),
+            Some(Who::Admin) => Err(not_for_the_admin()),
+            None => Err(self.wrong(Challenge::BasicOrBearer)),
+        }
+    }
+
+    /// The answer to wrong credentials; too many of them are told to wait.
+    fn wrong(&self, challenge: Challenge) -> Problem {
         match self.api.guesses.note_wrong(network(self.request.peer_addr().map(|peer| peer.ip()))) {
-            Ok(()) => Err(Problem::unauthorized(challenge)),
-            Err(wait) => Err(Problem::rate_limited("too many wrong credentials from this address", wait)),
+            Ok(()) => Problem::unauthorized(challenge),
+            Err(wait) => Problem::rate_limited("too many wrong credentials from this address", wait),
         }
     }
 
@@ -116,6 +129,10 @@ impl Call {
             Credentials::None | Credentials::Unreadable => None,
         }
     }
+}
+
+fn not_for_the_admin() -> Problem {
+    Problem::forbidden("this is a client's call; use a client's credentials, not the admin's")
 }
 
 /// Reads credentials: the `Authorization` header first; the query (empty when that is switched off) only without one.

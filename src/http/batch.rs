@@ -29,6 +29,8 @@ pub(crate) struct Batch {
     now: Timestamp,
     traceparent: Option<Box<str>>,
     message_bytes_max: usize,
+    /// Where the messages stand in what the caller sent.
+    under: &'static str,
     seen: usize,
     messages: Vec<Message>,
     ids: String,
@@ -60,12 +62,18 @@ impl Batch {
             now,
             traceparent,
             message_bytes_max,
+            under: "",
             seen: 0,
             messages: Vec::new(),
             ids: String::new(),
             errors: Errors::default(),
             refusal: None,
         }
+    }
+
+    /// Says that the messages stand under this JSON pointer in what the caller sent.
+    pub(crate) fn is_under(&mut self, pointer: &'static str) {
+        self.under = pointer;
     }
 
     /// Reads a whole JSON body: one message or an array of them.
@@ -108,7 +116,7 @@ impl Batch {
     /// 422 with every mistake.
     pub(crate) fn finish(mut self) -> Result<Checked, Problem> {
         if self.seen == 0 {
-            self.errors.add("", "must have at least one message");
+            self.errors.add(self.under, "must have at least one message");
         }
         self.errors.into_result()?;
         self.ids.pop(); // the last comma
@@ -182,10 +190,10 @@ impl Batch {
             return None;
         };
         if message.get().len() > self.message_bytes_max {
-            let (at, max) = (pointer(index, "message"), self.message_bytes_max);
+            let (at, max) = (self.pointer(index, "message"), self.message_bytes_max);
             self.refuse(Problem::too_large(format!("`message` at {at} must not be longer than {max} bytes")));
         } else if is_too_deep(message.get()) {
-            let at = pointer(index, "message");
+            let at = self.pointer(index, "message");
             self.refuse(Problem::invalid_json(format!("`message` at {at} is nested too deep to be read as JSON")));
         }
         if !self.errors.is_empty() || self.refusal.is_some() {
@@ -197,8 +205,12 @@ impl Batch {
         Some((Draft { id, topic, message, traceparent: self.traceparent.clone() }, message))
     }
 
+    fn pointer(&self, index: Option<usize>, name: &str) -> String {
+        format!("{}{}", self.under, pointer(index, name))
+    }
+
     fn wrong(&mut self, index: Option<usize>, name: &str, detail: impl Into<String>) {
-        self.errors.add(pointer(index, name), detail);
+        self.errors.add(self.pointer(index, name), detail);
     }
 
     fn refuse(&mut self, problem: Problem) {

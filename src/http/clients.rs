@@ -35,7 +35,7 @@ pub(crate) struct NewClient {
     #[schema(max_length = 200)]
     name: Option<String>,
     /// Patterns of the topics that are to land in its inbox: topics in which a word may be `*` or `#`.
-    #[schema(max_items = 10_000)]
+    #[schema(max_items = 10_000, nullable = false)]
     subscriptions: Option<Vec<String>>,
     webhook: Option<WebhookSettings>,
     #[schema(value_type = Option<LimitsView>)]
@@ -67,22 +67,25 @@ pub(crate) struct WebhookSettings {
     #[schema(example = "https://example.org/hook", max_length = 2048)]
     url: String,
     /// Sent with every call.
+    #[schema(nullable = false)]
     headers: Option<std::collections::BTreeMap<String, String>>,
     /// Seconds for one whole attempt; 15 unless given.
-    #[schema(minimum = 1, maximum = 60)]
+    #[schema(minimum = 1, maximum = 60, nullable = false)]
     timeout_s: Option<u32>,
     /// Seconds to wait before each retry; total attempts are 1 and its length.
-    #[schema(example = json!([5, 300, 1800, 7200, 18000, 36000, 36000]), max_items = 30)]
+    #[schema(example = json!([5, 300, 1800, 7200, 18000, 36000, 36000]), max_items = 30, nullable = false)]
     retry_schedule_s: Option<Vec<u32>>,
     /// Attempts in flight at once; 8 unless given.
-    #[schema(minimum = 1, maximum = 256)]
+    #[schema(minimum = 1, maximum = 256, nullable = false)]
     concurrency: Option<u32>,
     /// Attempts a second at most.
     #[schema(minimum = 1, maximum = 100_000)]
     rate_limit_per_s: Option<u32>,
     /// One at a time; the head blocks until it is delivered or dead.
+    #[schema(nullable = false)]
     ordered: Option<bool>,
     /// Whether the backbone pushes; true unless given.
+    #[schema(nullable = false)]
     enabled: Option<bool>,
 }
 
@@ -126,7 +129,7 @@ pub(crate) async fn create(mut call: Call) -> Answer {
     get, path = "/clients", tag = "clients",
     params(
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "Clients at most; 100 unless given."),
-        ("after" = Option<String>, Query, description = "The `next` of the page before."),
+        ("after" = Option<String>, Query, pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description = "The `next` of the page before."),
     ),
     responses((status = 200, description = "A page", body = ClientPage), AdminProblems, InvalidProblem),
     security(("admin" = [])),

@@ -77,6 +77,7 @@ pub(crate) enum ReasonView {
 #[allow(dead_code, reason = "describes the body; it is read by hand, to name every mistake")]
 pub(crate) struct ReplayBody {
     /// Ids of dead letters; unknown ones are ignored.
+    #[schema(nullable = false)]
     ids: Option<Vec<String>>,
 }
 
@@ -112,7 +113,8 @@ pub(crate) async fn list(call: Call) -> Answer {
     let entry = call.admin_or_owner()?;
     let mut query = Query::new(call.request.query_string());
     let limit = query.integer("limit", 1..=1000, 100) as usize;
-    let after = query.cursor("after", |text| !text.is_empty());
+    // What a cursor looks like is the broker's; none at all is the beginning.
+    let after = query.cursor("after", |_| true).filter(|text| !text.is_empty());
     query.finish()?;
     let id = &entry.record.client_id;
     let _turn = call.api.budget.pull(id).await?;
@@ -149,9 +151,17 @@ pub(crate) async fn replay(mut call: Call) -> Answer {
 }
 
 fn replay_ids(body: &[u8]) -> Result<Option<Vec<String>>, Problem> {
-    let object = body::object(body)?;
-    let Some(value) = object.get("ids") else { return Ok(None) };
+    let body = body::json(body)?;
     let mut errors = Errors::default();
+    let value = match &body {
+        Value::Null => return Ok(None),
+        Value::Object(object) => object.get("ids"),
+        _ => {
+            errors.add("", "must be an object");
+            return Err(Problem::invalid(errors));
+        }
+    };
+    let Some(value) = value else { return Ok(None) };
     let mut ids = Vec::new();
     match value {
         Value::Array(values) => {
@@ -244,6 +254,7 @@ mod tests {
     #[test]
     fn a_replay_is_of_some_or_of_all() {
         assert_eq!(replay_ids(b"{}").expect("all"), None);
+        assert_eq!(replay_ids(b"null").expect("all"), None);
         assert_eq!(replay_ids(br#"{"ids":["a"]}"#).expect("some"), Some(vec!["a".to_owned()]));
         assert_eq!(replay_ids(br#"{"ids":[]}"#).expect("none"), Some(Vec::new()));
         for wrong in [&br#"{"ids":null}"#[..], br#"{"ids":"a"}"#, br#"{"ids":["a",1]}"#, b"[]"] {

@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::future::{Ready, ready};
 
+use actix_web::HttpMessage as _;
 use actix_web::body::{BoxBody, EitherBody, MessageBody};
 use actix_web::dev::{Service, ServiceRequest, ServiceResponse, Transform, forward_ready};
-use actix_web::http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use actix_web::http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use actix_web::http::{Method, StatusCode};
 use futures_util::future::LocalBoxFuture;
 use prometheus::{IntCounter, IntCounterVec};
@@ -44,6 +45,9 @@ impl RouteCounters {
         }
     }
 }
+
+/// The id of a request that becomes a connection, in its extensions.
+pub(crate) struct RequestId(pub(crate) HeaderValue);
 
 /// The middleware. See the module.
 pub(crate) struct Edge {
@@ -92,6 +96,10 @@ where
 
     fn call(&self, request: ServiceRequest) -> Self::Future {
         let request_id = request_id(request.headers());
+        if request.headers().contains_key(UPGRADE) {
+            // A connection that stays tells of its troubles later, under the same id.
+            request.extensions_mut().insert(RequestId(request_id.clone()));
+        }
         let unmatched = std::rc::Rc::clone(&self.unmatched);
         let answer = self.service.call(request);
         Box::pin(async move { Ok(finish(answer.await?, request_id, &unmatched)) })

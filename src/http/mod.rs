@@ -42,6 +42,7 @@ mod settle;
 #[cfg(test)]
 mod tests;
 mod token;
+mod ws;
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -92,6 +93,7 @@ pub(crate) struct Api {
     state: State,
     guesses: GuessLimiter,
     budget: Arc<Budget>,
+    sockets: Arc<ws::Sockets>,
     openapi: Bytes,
 }
 
@@ -99,7 +101,7 @@ impl Api {
     fn new(state: State) -> Self {
         let openapi = openapi::document().to_json().expect("the document is plain data");
         let budget = Arc::new(Budget::new(send::request_bytes_max(state.config.max_message_bytes)));
-        Self { state, guesses: GuessLimiter::default(), budget, openapi: openapi.into() }
+        Self { state, guesses: GuessLimiter::default(), budget, sockets: Arc::default(), openapi: openapi.into() }
     }
 
     fn request_bytes_max(&self) -> usize {
@@ -119,6 +121,7 @@ fn routes() -> Vec<At> {
         at("/receive").take(receive::receive),
         at("/ack").post(settle::ack),
         at("/nack").post(settle::nack),
+        at("/ws").take(ws::ws),
         at("/token").post(token::token),
         at("/clients").get(clients::list).post(clients::create),
         at("/clients/{id}").get(clients::show).patch(clients::patch).delete(clients::delete),

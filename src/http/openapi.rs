@@ -13,7 +13,7 @@ use utoipa::{IntoParams, IntoResponses, Modify, OpenApi as _, ToSchema};
 
 use super::error::{Code, FieldError};
 use super::route::{Answer, Call};
-use super::{clients, console, dead_letters, health, messages, pages, receive, secrets, send, settle, token};
+use super::{clients, console, dead_letters, health, messages, pages, receive, secrets, send, settle, token, ws};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -28,11 +28,11 @@ use super::{clients, console, dead_letters, health, messages, pages, receive, se
         clients::create, clients::list, clients::show, clients::patch, clients::delete,
         secrets::rotate_client, secrets::rotate_webhook,
         dead_letters::list, dead_letters::replay, dead_letters::purge,
-        messages::show,
+        messages::show, ws::ws,
         health::livez, health::readyz, health::metrics, openapi,
         pages::console, pages::docs, pages::asset, console::feed,
     ),
-    components(schemas(ProblemView, FieldError, Code, AckMode, receive::EnvelopeView)),
+    components(schemas(ProblemView, FieldError, Code, AckMode, console::Sort, receive::EnvelopeView)),
     tags(
         (name = "messages", description = "A client's calls: send, receive, settle."),
         (name = "clients", description = "Onboarding and looking after clients."),

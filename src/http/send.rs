@@ -21,11 +21,11 @@ use crate::time::Timestamp;
 
 /// Bodies from this length on are checked off the workers' threads, where they would hold up other calls for tens of
 /// milliseconds.
-const CHECK_APART_BYTES: usize = 256 << 10;
+pub(crate) const CHECK_APART_BYTES: usize = 256 << 10;
 
 /// How long a publish may take. Past it the caller is told to send again; what was begun may still be delivered, once
 /// for an own id.
-const PUBLISH_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const PUBLISH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A message to send under a topic.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -42,7 +42,7 @@ pub(crate) struct SendMessage {
     #[schema(value_type = Value, example = json!({"depth_m": 42.5}))]
     message: serde_json::Value,
     /// The sender's own id: sent again within `SOAR_DEDUP_WINDOW`, the message is routed once. Visible ASCII without `.`.
-    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "dive-7")]
+    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "dive-7", nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
 }
@@ -54,7 +54,7 @@ pub(crate) struct NotifyMessage {
     #[schema(value_type = Value, example = json!({"maintenance": "at noon"}))]
     message: serde_json::Value,
     /// The sender's own id: sent again within `SOAR_DEDUP_WINDOW`, the message is routed once. Visible ASCII without `.`.
-    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "note-1")]
+    #[schema(max_length = 128, min_length = 1, pattern = r"^[!-\-/-~]+$", example = "note-1", nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
 }
@@ -109,7 +109,7 @@ pub(crate) struct Accepted {
     params(Traced),
     request_body(content(
         (SendBody = "application/json", example = json!({"topic": "soar.noc.slocum", "message": {"depth_m": 42.5}})),
-        (SendMessage = "application/x-ndjson", example = json!({"topic": "soar.noc.slocum", "message": 1})),
+        (SendMessage = "application/x-ndjson"),
     )),
     responses(
         (status = 202, description = "Accepted: durable", body = Accepted),
@@ -129,7 +129,7 @@ pub(crate) async fn send(call: Call) -> Answer {
     params(Traced),
     request_body(content(
         (NotifyBody = "application/json", example = json!({"message": {"maintenance": "at noon"}})),
-        (NotifyMessage = "application/x-ndjson", example = json!({"message": 1})),
+        (NotifyMessage = "application/x-ndjson"),
     )),
     responses(
         (status = 202, description = "Accepted: durable", body = Accepted),

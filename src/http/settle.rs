@@ -16,7 +16,7 @@ use super::route::{Answer, Call};
 use crate::broker::{PullOutcome, Receipt};
 
 /// Longest delay of a nack, in seconds: 30 days, the most that a broker keeps a message back for.
-const DELAY_S_MAX: u64 = 30 * 86_400;
+pub(crate) const DELAY_S_MAX: u64 = 30 * 86_400;
 
 /// Receipts of messages that were handled.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -33,9 +33,10 @@ pub(crate) struct NackBody {
     /// As `GET /receive?ack=manual` gave them.
     receipts: Vec<String>,
     /// Seconds after which the messages are there again; at once unless given.
-    #[schema(minimum = 0, maximum = 2_592_000)]
+    #[schema(minimum = 0, maximum = 2_592_000, nullable = false)]
     delay_s: Option<u32>,
     /// Into the dead letters instead, as `rejected`.
+    #[schema(nullable = false)]
     dead: Option<bool>,
 }
 

@@ -64,6 +64,17 @@ pub enum Step {
 }
 
 impl Step {
+    /// How far along the way it is: no step of a stage follows one of a later stage.
+    const fn stage(&self) -> u8 {
+        match self {
+            Self::Accepted => 0,
+            Self::Forwarded => 1,
+            Self::Published => 2,
+            Self::Routed(..) | Self::Unrouted => 3,
+            Self::AttemptFailed(_) | Self::Delivered(_) | Self::Dead(..) => 4,
+        }
+    }
+
     /// Its name in the API.
     pub const fn name(&self) -> &'static str {
         match self {
@@ -406,10 +417,8 @@ impl Entry {
 
     fn note(&mut self, now: Timestamp, step: Step) {
         let keep = match &step {
-            Step::Accepted => {
-                self.accepted = now;
-                return;
-            }
+            // Durable now; accepted, as the envelope says it, when it came.
+            Step::Accepted => return,
             // A hop that was made again after a crash keeps the time of its first.
             Step::Forwarded => {
                 self.forwarded.get_or_insert(now);
@@ -453,8 +462,13 @@ impl Entry {
         let mut hops: Vec<Hop> = Vec::with_capacity(self.hops.len() + 3);
         hops.extend(steps.into_iter().filter_map(|(at, step)| Some(Hop { at: at?, step })));
         hops.extend(self.hops.iter().cloned());
-        // A stable sort: what happened in the same millisecond stays in the order of the way.
-        hops.sort_by_key(|hop| hop.at);
+        // In the order of the way, then of time: threads report at once, and the clock is read when they do.
+        hops.sort_by_key(|hop| (hop.step.stage(), hop.at));
+        let mut next = Timestamp::from_millis(i64::MAX);
+        for hop in hops.iter_mut().rev() {
+            hop.at = hop.at.min(next);
+            next = hop.at;
+        }
         Trace {
             id: self.id.to_id(),
             sender: self.sender.clone(),

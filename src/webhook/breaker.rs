@@ -4,7 +4,7 @@
 //!            10 failures in a row                 the open time is over
 //!  closed ───────────────────────► open ───────────────────────────────► half-open: one probe
 //!    ▲                              ▲                                       │          │
-//!    │                              └── it fails: open, twice as long ──────┘          │
+//!    │                              └── it fails: open for longer ──────────┘          │
 //!    └───────────────────────────────────────── it succeeds ──────────────────────────┘
 //! ```
 //!
@@ -17,8 +17,10 @@ use serde::Serialize;
 
 /// Failures in a row that open the breaker.
 pub const FAILURES_TO_OPEN: u32 = 10;
-/// How long it is open at first; doubled with each probe that fails.
-const OPEN_MIN: Duration = Duration::from_secs(1);
+/// How long it is open at first.
+const OPEN_MIN: Duration = Duration::from_millis(500);
+/// How much longer it is open after each probe that fails.
+const OPEN_GROWTH: f64 = 1.5;
 /// How long it is open at the most.
 const OPEN_MAX: Duration = Duration::from_secs(60);
 /// Open times vary by this much, up and down, so that endpoints of one server are not probed together.
@@ -158,8 +160,9 @@ impl Breaker {
     }
 
     fn open(&mut self, now: Instant, roll: f64) {
-        let doubled = OPEN_MIN.saturating_mul(1 << self.openings.min(16)).min(OPEN_MAX);
-        let until = now + doubled.mul_f64(1.0 - JITTER + 2.0 * JITTER * roll.clamp(0.0, 1.0));
+        let exponent = i32::try_from(self.openings.min(32)).unwrap_or(0);
+        let grown = OPEN_MIN.mul_f64(OPEN_GROWTH.powi(exponent)).min(OPEN_MAX);
+        let until = now + grown.mul_f64(1.0 - JITTER + 2.0 * JITTER * roll.clamp(0.0, 1.0));
         self.openings = self.openings.saturating_add(1);
         self.enter(State::Open { until });
     }
@@ -200,12 +203,12 @@ mod tests {
     }
 
     #[test]
-    fn one_probe_at_a_time_and_each_failure_doubles_the_wait() {
+    fn one_probe_at_a_time_and_each_failure_lengthens_the_wait() {
         let (mut breaker, mut now) = (Breaker::default(), Instant::now());
         fail(&mut breaker, now, FAILURES_TO_OPEN);
-        for expected_s in [1, 2, 4, 8, 16, 32, 60, 60] {
+        for expected_ms in [500, 750, 1125, 1687, 2531, 3796, 5695, 8542, 12814, 19221, 28832, 43248, 60000, 60000] {
             let Gate::Until(until) = breaker.gate(now) else { panic!("open") };
-            assert_eq!(until - now, Duration::from_secs(expected_s));
+            assert_eq!((until - now).as_millis(), expected_ms);
             now = until;
             let probe = go(&mut breaker, now);
             assert_eq!(breaker.state(), BreakerState::HalfOpen);

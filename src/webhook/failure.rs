@@ -140,7 +140,8 @@ fn certificate_words(error: &rustls::CertificateError) -> String {
         C::Expired | C::ExpiredContext { .. } => "the certificate has expired".to_owned(),
         C::NotValidYet | C::NotValidYetContext { .. } => "the certificate is not valid yet".to_owned(),
         C::NotValidForName | C::NotValidForNameContext { .. } => "the certificate is for another name".to_owned(),
-        C::UnknownIssuer => "the certificate is not signed by a known authority".to_owned(),
+        // The latter when it names an authority that is known, but was signed by another of that name.
+        C::UnknownIssuer | C::BadSignature => "the certificate is not signed by a known authority".to_owned(),
         C::Revoked => "the certificate was revoked".to_owned(),
         other => format!("the certificate cannot be trusted: {other}"),
     }

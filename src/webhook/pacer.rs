@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 /// Attempts may lag this much behind their even spacing and catch up: timers are no finer than a millisecond.
 const SLACK: Duration = Duration::from_millis(5);
 
-/// Spaces attempts so that no more than a rate of them are made in a second (and, where the rate is above 200 a second,
-/// as many more as fall in 5 ms).
+/// Spaces attempts so that no more than a rate of them are made in a second (and as many more as fall in 5 ms).
 #[derive(Debug)]
 pub struct Pacer {
     interval: Duration,
@@ -28,8 +27,7 @@ impl Pacer {
     /// Counts an attempt that is made now.
     pub fn count(&mut self, now: Instant) {
         if !self.interval.is_zero() {
-            let slack = if self.interval < SLACK { SLACK } else { Duration::ZERO };
-            let earliest = now.checked_sub(slack).unwrap_or(now);
+            let earliest = now.checked_sub(SLACK).unwrap_or(now);
             self.next = Some(self.next.map_or(now, |next| next.max(earliest)) + self.interval);
         }
     }
@@ -73,6 +71,6 @@ mod tests {
         let later = now + Duration::from_secs(60);
         assert_eq!(pacer.blocked_until(later), None);
         pacer.count(later);
-        assert_eq!(pacer.blocked_until(later), Some(later + Duration::from_millis(100)));
+        assert_eq!(pacer.blocked_until(later), Some(later + Duration::from_millis(100) - SLACK));
     }
 }

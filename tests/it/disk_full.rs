@@ -124,8 +124,12 @@ broker_tests! {
         let filler = disk.fill();
         app.router.kill();
         std::fs::remove_file(filler).expect("removes the file");
-        app.router.restart().await;
+        // It hands out, and says that it takes nothing yet.
+        app.router.spawn();
+        app.router.wait_until_alive().await;
+        assert_eq!(app.api.get("/readyz").send().await.status, 503);
         assert_eq!(messages(&receiver.receive_exactly(accepted.len(), "").await), accepted);
+        app.router.wait_until_ready().await;
         sender.send("x", json!("goes on")).await;
         assert_eq!(messages(&receiver.receive_exactly(1, "").await), [json!("goes on")]);
         app.finish().await;

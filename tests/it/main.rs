@@ -24,3 +24,5 @@ mod http_problems;
 mod http_receive;
 mod http_send;
 mod panic;
+mod webhook_push;
+mod webhook_send;

@@ -93,7 +93,7 @@ broker_tests! {
                 ] {
                     let restarts = plane.telemetry.metrics.actor_restarts.with_label_values(&[kind.as_str()]);
                     let before = restarts.get();
-                    plane.panic(client, kind).await;
+                    assert!(plane.panic(client, kind).await, "there is a {kind}");
                     eventually(&format!("the {kind} is restarted, round {round}"), SOON, async || {
                         (restarts.get() > before).then_some(())
                     })
@@ -109,7 +109,7 @@ broker_tests! {
         // The publisher is everybody's: nobody is a bystander of its panic, and all the same nothing is lost.
         let restarts = plane.telemetry.metrics.actor_restarts.with_label_values(&["publisher"]);
         for expected in 1..=2 {
-            plane.panic(None, ActorKind::Publisher).await;
+            assert!(plane.panic(None, ActorKind::Publisher).await, "there is a publisher");
             eventually("the publisher is restarted", SOON, async || (restarts.get() >= expected).then_some(())).await;
             eventually("the publisher runs", SOON, async || plane.readiness().await.ready.then_some(())).await;
         }
@@ -126,7 +126,10 @@ broker_tests! {
         for n in 0..3 {
             let notes = (0..20).map(|m| message(&loud, None, &(n * 20 + m).to_string())).collect();
             plane.env.publish(&Queue::Notify(loud.clone()), notes).await;
-            plane.panic(Some(&loud), ActorKind::Broadcaster).await;
+            eventually("there is a broadcaster", SOON, async || {
+                plane.panic(Some(&loud), ActorKind::Broadcaster).await.then_some(())
+            })
+            .await;
         }
         for client in [&loud, &deaf] {
             let mut came = HashSet::new();
@@ -145,6 +148,7 @@ broker_tests! {
         eventually("all is well", SOON, async || plane.readiness().await.ready.then_some(())).await;
         eventually("it is reported", SOON, async || {
             if state_of(&plane.states(&sick).await, ActorKind::Forwarder) == ActorState::Running {
+                // It may have died since; then there is nothing to do.
                 plane.panic(Some(&sick), ActorKind::Forwarder).await;
             }
             let readiness = plane.readiness().await;

@@ -12,8 +12,8 @@
 //! - An operation runs as a task of its own on the registry's thread. An asker that goes away before its message is
 //!   looked at cancels it whole; after that it is carried out.
 //! - Operations under way are bounded; the mailbox, and behind it the askers, wait.
-//! - A panic of the registry itself ends the control plane and not the message path: `/readyz` then fails, and an
-//!   operation answers with an error.
+//! - A panic in an operation ends that operation: its asker gets an error, its client's turn is the next one's. A panic
+//!   over an actor's news is caught and logged: the registry holds every actor's lifeline and must not die.
 
 mod change;
 mod child;
@@ -278,7 +278,11 @@ impl Handler<ChildEvent> for ClientRegistry {
     type Result = ();
 
     fn handle(&mut self, event: ChildEvent, _: &mut Self::Context) {
-        self.core.hear(&event);
+        // Borrows end while unwinding, and what was half decided is decided again with the client's next news.
+        let heard = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.core.hear(&event)));
+        if heard.is_err() {
+            log::error!("the registry panicked over news of the {}", event.identity);
+        }
     }
 }
 

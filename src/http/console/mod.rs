@@ -32,7 +32,8 @@ use crate::client::ClientId;
 use crate::telemetry::observer::Overview;
 use crate::telemetry::tail::{TailEvent, Watch};
 use crate::topic::Pattern;
-use rows::{Page, Sort};
+use rows::Page;
+pub(crate) use rows::Sort;
 
 /// Feeds at once; more are refused.
 const FEEDS_MAX: usize = 32;

@@ -58,8 +58,9 @@ const SHORT_WAIT: Duration = Duration::from_secs(2);
 /// How long the head of an ordered webhook is kept in hand before it is given back and taken again. RabbitMQ's
 /// acknowledgement timeout is 30 minutes.
 const HOLD_MAX: Duration = Duration::from_secs(15 * 60);
-/// How long attempts under way may take to end when the pusher is stopped; then they are given up.
-const STOP_GRACE: Duration = Duration::from_secs(5);
+/// How long attempts under way may take to end when the pusher is stopped; then they are given up. Below the time after
+/// which the registry aborts an actor.
+const STOP_GRACE: Duration = Duration::from_secs(4);
 /// How often connections that are not used are looked at.
 const IDLE_CHECK_EVERY: Duration = Duration::from_secs(15);
 /// How soon a connection is asked for again when there was none.

@@ -4,6 +4,7 @@
 //! - `app`: `TestApp`, a router on a broker; `http` talks to it, `process` is the program as a child process.
 //! - `env`: `BrokerEnv`, a broker without a router, for the conformance suite.
 //! - `control`: `ControlPlane`, a broker and the registry on it, without HTTP.
+//! - `endpoint`: `FakeEndpoint`, a webhook endpoint with every fault.
 //! - `load`: producers and consumers that note everything, and the reckoning.
 //! - `wait`: waiting for a condition with a deadline, and for nothing to happen. `memory`: how much a process has.
 
@@ -11,6 +12,7 @@
 pub(crate) mod fixture;
 pub(crate) mod app;
 pub(crate) mod control;
+pub(crate) mod endpoint;
 pub(crate) mod env;
 pub(crate) mod http;
 pub(crate) mod load;

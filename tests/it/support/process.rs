@@ -95,7 +95,16 @@ impl RouterProcess {
     /// # Panics
     /// With the log's end when it does not, or when the process exits.
     pub(crate) async fn wait_until_ready(&mut self) {
-        let url = format!("http://{}/readyz", self.address);
+        self.wait_until_200("/readyz").await;
+    }
+
+    /// Waits until `/livez` says 200: it answers, whether or not the broker takes messages.
+    pub(crate) async fn wait_until_alive(&mut self) {
+        self.wait_until_200("/livez").await;
+    }
+
+    async fn wait_until_200(&mut self, path: &str) {
+        let url = format!("http://{}{path}", self.address);
         let http = super::http::client();
         eventually(&format!("{url} answers 200"), SOON, async || {
             if !self.is_running() {

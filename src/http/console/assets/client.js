@@ -40,19 +40,21 @@ export function client({ id, go }) {
     setText(pause, record.paused ? "Resume" : "Pause");
     const queue = (n, warn) => h("dd", {}, count(n), warn);
     figures.replaceChildren(
-      figure("Inbox", queue(now.queues?.inbox)), figure("Outbox", queue(now.queues?.outbox)), figure("Notify queue", queue(now.queues?.notify)),
-      figure("Dead letters", queue(now.queues?.dead), now.queues?.dead ? "warn" : ""),
+      figure("Inbox", queue(record.queues?.inbox)), figure("Outbox", queue(record.queues?.outbox)), figure("Notify queue", queue(record.queues?.notify)),
+      figure("Dead letters", queue(record.queues?.dead), record.queues?.dead ? "warn" : ""),
       figure("Sent", h("dd", {}, rate(now.sent_per_s), h("small", {}, "/s"))), figure("Received", h("dd", {}, rate(now.received_per_s), h("small", {}, "/s"))));
     const limits = Object.entries(record.limits ?? {}).map(([name, value]) => `${name} ${value}`).join(", ");
-    facts.replaceChildren(
+    facts.replaceChildren(...[
       fact("Subscriptions", record.subscriptions.length ? record.subscriptions.map((p) => h("div", { class: "mono" }, p)) : h("span", { class: "sub" }, "none: only broadcasts reach it")),
       fact("Limits", limits || h("span", { class: "sub" }, "none")),
-      fact("Actors", h("div", { class: "head" }, ACTORS.map((name) => pill(`${name} ${now.actors?.[name] ?? "unknown"}`, ACTOR_KINDS[now.actors?.[name]])))),
-      fact("Onboarded", new Date(record.created_at).toLocaleString()));
+      fact("Actors", h("div", { class: "head" }, ACTORS.map((name) => pill(`${name} ${record.actors?.[name] ?? "unknown"}`, ACTOR_KINDS[record.actors?.[name]])))),
+      fact("Onboarded", new Date(record.created_at).toLocaleString()),
+    ].flat());
     const text = JSON.stringify(record.webhook);
     if (text !== hookShown) {
       hookShown = text;
       hook.replaceChildren(webhook(record.webhook));
+      hookActions.hidden = !record.webhook;
     }
   }
 
@@ -126,6 +128,17 @@ export function client({ id, go }) {
     });
   }
 
+  async function test() {
+    const attempt = await act(() => call("POST", url("webhook", "test")));
+    if (!attempt) return;
+    const fine = attempt.status >= 200 && attempt.status < 300;
+    toast(attempt.status ? `The endpoint answered ${attempt.status} in ${attempt.latency_ms} ms` : `No answer: ${attempt.error}`, !fine);
+    attemptSection.load();
+  }
+
+  const hookActions = h("div", { class: "end", hidden: true },
+    h("button", { type: "button", onclick: test }, "Send a test"),
+    h("button", { type: "button", onclick: () => rotate("webhook-secret") }, "Rotate its secret"));
   const deadSection = deadLetters(url, act);
   const attemptSection = attempts(url, act);
   const node = h("div", { class: "stack" },
@@ -139,14 +152,7 @@ export function client({ id, go }) {
     h("div", { class: "grid" },
       h("section", { class: "sheet" }, h("header", {}, h("h2", {}, "Settings")), h("div", { class: "body" }, facts)),
       h("section", { class: "sheet" },
-        h("header", {}, h("h2", {}, "Webhook"),
-          h("div", { class: "end" },
-            h("button", { type: "button", onclick: async () => {
-              const attempt = await act(() => call("POST", url("webhook", "test")));
-              if (attempt) toast(attempt.status ? `The endpoint answered ${attempt.status} in ${attempt.latency_ms} ms` : `No answer: ${attempt.error}`, !(attempt.status >= 200 && attempt.status < 300));
-              attemptSection.load();
-            } }, "Send a test"),
-            h("button", { type: "button", onclick: () => rotate("webhook-secret") }, "Rotate its secret"))),
+        h("header", {}, h("h2", {}, "Webhook"), hookActions),
         hook)),
     deadSection.node, attemptSection.node);
   return { node, title: id, query: () => ({ client: id }), on: { client: show, gone: () => { problem.replaceChildren(problemBox({ detail: `There is no client ${id}.` })); } } };
@@ -155,7 +161,7 @@ export function client({ id, go }) {
 /** A list that is loaded page by page. */
 function pages(load, row, empty) {
   const body = h("tbody", {});
-  const more = h("button", { type: "button", hidden: true, onclick: () => fetchPage(false) }, "Show more");
+  const more = h("button", { type: "button", onclick: () => fetchPage(false) }, "Show more");
   let next = null;
   async function fetchPage(fresh) {
     const page = await load(fresh ? null : next);
@@ -164,7 +170,7 @@ function pages(load, row, empty) {
     next = page.next;
     body.append(...page.items.map(row));
     if (!body.children.length) body.append(h("tr", {}, h("td", { class: "empty", colspan: 9 }, empty)));
-    more.hidden = !next;
+    more.parentElement.hidden = !next;
   }
   return { body, more, reload: () => fetchPage(true) };
 }
@@ -211,7 +217,7 @@ function deadLetters(url, act) {
       h("div", { class: "end" }, replay, h("button", { type: "button", id: "replay-all", onclick: () => again(null) }, "Replay all"), h("button", { type: "button", class: "risk", onclick: purge }, "Purge"))),
     h("div", { class: "scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, ["", "Died", "Reason", "Queue", "Attempts", "Message"].map((name) => h("th", { scope: "col", class: name === "Attempts" ? "num" : "" }, name)))), list.body)),
-    h("div", { class: "pager" }, list.more));
+    h("div", { class: "pager", hidden: true }, list.more));
   return { node };
 }
 
@@ -233,6 +239,6 @@ function attempts(url, act) {
     h("header", {}, h("h2", {}, "Webhook attempts"), h("button", { type: "button", class: "plain", onclick: list.reload }, "Reload")),
     h("div", { class: "scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, ["When", "Answer", "Took", "Message", "Said"].map((name) => h("th", { scope: "col", class: name === "Took" ? "num" : "" }, name)))), list.body)),
-    h("div", { class: "pager" }, list.more));
+    h("div", { class: "pager", hidden: true }, list.more));
   return { node, load: list.reload };
 }

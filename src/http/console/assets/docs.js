@@ -2,6 +2,9 @@
 
 import { byId, h, setText } from "./dom.js";
 
+/** Text in which `code` stands between backticks. */
+const prose = (text) => (text ?? "").split("`").map((part, i) => (i % 2 ? h("code", {}, part) : part));
+
 // Who tries. Kept in this page's memory only.
 const who = { kind: "none", id: "", secret: "", token: "" };
 let spec;
@@ -53,7 +56,7 @@ function members(schema, depth = 0) {
     const nested = members(property, depth + 1);
     const required = real.required?.includes(name);
     const row = [h("code", {}, name), " ", h("span", { class: "sub" }, typeOf(property), required ? "" : ", optional"), " ",
-      h("span", { class: "hint" }, bounds(inner)), h("div", { class: "sub" }, property.description ?? inner.description ?? "")];
+      h("span", { class: "hint" }, bounds(inner)), h("div", { class: "sub" }, prose(property.description ?? inner.description))];
     return nested && [nested].flat(9).some(Boolean) && depth < 3 ? h("details", {}, h("summary", {}, row.slice(0, 3)), row[4], nested) : h("div", { class: "row" }, row);
   }));
 }
@@ -168,16 +171,16 @@ function callBox(method, path, operation) {
   return h("section", { class: "sheet call", id: anchor(method, path) },
     h("header", {}, h("span", { class: `method ${method}` }, method.toUpperCase()), h("code", {}, path), h("span", { class: "end sub" }, security(operation).text)),
     h("div", { class: "body" },
-      h("p", {}, h("strong", {}, operation.summary ?? "")),
-      operation.description ? h("p", { class: "text" }, operation.description) : null,
+      h("p", {}, h("strong", {}, prose(operation.summary))),
+      operation.description ? h("p", { class: "text" }, prose(operation.description)) : null,
       h("h3", {}, "With curl"), copyable(curl(method, path, operation, body)),
       parameters.length ? [h("h3", {}, "Parameters"), h("div", { class: "scroll" }, h("table", {}, h("tbody", {}, parameters.map((one) => h("tr", {},
-        h("td", {}, h("code", {}, one.name)), h("td", { class: "sub" }, one.in), h("td", { class: "sub" }, typeOf(one.schema), " ", h("span", { class: "hint" }, bounds(resolve(one.schema)))), h("td", {}, one.description ?? ""))))))] : null,
+        h("td", {}, h("code", {}, one.name)), h("td", { class: "sub" }, one.in), h("td", { class: "sub" }, typeOf(one.schema), " ", h("span", { class: "hint" }, bounds(resolve(one.schema)))), h("td", {}, prose(one.description)))))))] : null,
       body ? [h("h3", {}, `Body: ${Object.keys(operation.requestBody.content).join(" or ")}`), h("details", {}, h("summary", {}, typeOf(body.schema)), members(body.schema))] : null,
       h("h3", {}, "Answers"),
       Object.entries(operation.responses ?? {}).map(([status, response]) => {
         const content = Object.values(response.content ?? {})[0];
-        const line = [h("strong", {}, status), " ", response.description ?? ""];
+        const line = [h("strong", {}, status), " ", prose(response.description)];
         return content?.schema && refName(content.schema) !== "Problem" && members(content.schema)
           ? h("details", {}, h("summary", {}, line), members(content.schema)) : h("p", {}, line);
       }),
@@ -210,15 +213,15 @@ async function draw() {
     }
   }
   byId("nav").replaceChildren(...[...byTag].filter(([, { calls }]) => calls.length).flatMap(([tag, { calls }]) => [
-    h("h2", {}, tag),
+    h("h2", { class: "tag" }, tag),
     ...calls.map(([method, path]) => h("a", { href: `#${anchor(method, path)}` }, h("span", { class: `method ${method}` }, method.toUpperCase()), h("code", {}, path))),
   ]));
   byId("main").replaceChildren(h("div", { class: "stack" },
     h("h1", {}, spec.info.title, " ", h("span", { class: "sub" }, spec.info.version)),
-    h("p", { class: "intro" }, spec.info.description ?? ""),
+    h("p", { class: "intro" }, prose(spec.info.description)),
     credentials(),
     [...byTag].filter(([, { calls }]) => calls.length).map(([tag, { about, calls }]) => [
-      h("h1", {}, tag), about ? h("p", { class: "sub" }, about) : null, calls.map((call) => callBox(...call))])));
+      h("h1", { class: "tag" }, tag), about ? h("p", { class: "sub" }, about) : null, calls.map((call) => callBox(...call))])));
   if (location.hash) byId(location.hash.slice(1))?.scrollIntoView();
 }
 

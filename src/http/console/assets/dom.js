@@ -81,20 +81,24 @@ export function toast(text, bad = false) {
   setTimeout(() => node.remove(), bad ? 9000 : 4000);
 }
 
-/** Opens the dialog with `content(close)`; resolves when it closes. */
+let open = 0;
+
+/** Opens the dialog with `content(close)`; resolves when it closes, to what `close` was given. */
 export function dialog(content) {
   const node = byId("dialog");
+  open += 1;
+  const mine = open;
   return new Promise((resolve) => {
-    let result;
     const close = (value) => {
-      result = value;
+      // The event of a close comes later, when the next dialog may be open already: it is not for that one.
+      if (mine !== open) return;
+      open += 1;
       node.close();
+      node.replaceChildren();
+      resolve(value);
     };
     node.replaceChildren(content(close));
-    node.addEventListener("close", () => {
-      node.replaceChildren();
-      resolve(result);
-    }, { once: true });
+    node.addEventListener("close", () => close(), { once: true });
     node.showModal();
   });
 }

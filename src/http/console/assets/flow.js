@@ -26,14 +26,14 @@ const NODES = [
 
 // Which rate runs where. `label` is where its number stands.
 const EDGES = [
-  { d: "M92 150 C120 100 118 74 142 74", label: [112, 92], rate: (r) => r.accepted - r.accepted_broadcasts },
+  { d: "M92 150 C120 100 118 74 142 74", label: [96, 104], rate: (r) => r.accepted - r.accepted_broadcasts },
   { d: "M258 74H312", label: [285, 64], rate: (r) => r.forwarded },
   { d: "M364 74H420", label: [392, 64], rate: (r) => r.forwarded },
   { d: "M536 74H592", label: [564, 64], rate: (r) => r.published },
   { d: "M644 74H718", label: [681, 64], rate: (r) => r.published },
   { d: "M796 66 C830 56 836 34 864 34", label: [838, 30], rate: (r) => r.unrouted },
   { d: "M796 84 C846 104 836 168 842 168", label: [868, 112], rate: (r) => r.routed - r.routed_broadcasts },
-  { d: "M92 186 C120 236 118 262 142 262", label: [112, 250], rate: (r) => r.accepted_broadcasts },
+  { d: "M92 186 C120 236 118 262 142 262", label: [96, 240], rate: (r) => r.accepted_broadcasts },
   { d: "M258 262H382", label: [320, 252], rate: (r) => r.broadcasts },
   { d: "M434 262H568", label: [501, 252], rate: (r) => r.broadcasts },
   { d: "M668 262 C790 262 770 176 842 172", label: [768, 246], rate: (r) => r.routed_broadcasts },
@@ -76,7 +76,7 @@ export function flow() {
   }));
   const tip = s("marker", { id: "tip", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto", markerUnits: "userSpaceOnUse" },
     s("path", { d: "M0 0L8 4L0 8z", fill: "var(--faint)" }));
-  const drawing = s("svg", { class: "flow", viewBox: "0 0 1190 322", role: "img", "aria-labelledby": "flow-title" },
+  const drawing = s("svg", { class: "flow", viewBox: "-16 0 1206 322", role: "img", "aria-labelledby": "flow-title" },
     s("title", { id: "flow-title" }, "The flow of messages from outboxes and notify queues to inboxes and webhooks, in messages a second"),
     s("defs", {}, tip),
     edges.map((edge) => edge.lines),

@@ -49,7 +49,7 @@ function login(problem) {
   document.title = "Backbone console";
   bar(false);
   byId("notice").hidden = true;
-  const input = h("input", { type: "password", id: "token", autocomplete: "off", required: true, autofocus: true });
+  const input = h("input", { type: "password", id: "token", autocomplete: "off", required: true });
   const refusal = h("div", {}, problem ? problemBox(problem) : null);
   const form = h("form", { onsubmit: async (event) => {
     event.preventDefault();

@@ -2,7 +2,6 @@
 
 import { h, s, setText } from "./dom.js";
 
-const W = 600;
 const H = 168;
 const BOX = { left: 46, right: 8, top: 8, bottom: 20 };
 const HOUR_MS = 3_600_000;
@@ -24,8 +23,9 @@ export function plot(title, series, { show, log = false } = {}) {
   const grid = s("g", {});
   const cursor = s("line", { class: "cursor", y1: BOX.top, y2: H - BOX.bottom, visibility: "hidden" });
   const at = h("span", { class: "hint" }, "");
-  const drawing = s("svg", { class: "plot", viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", role: "img", tabindex: 0, "aria-label": title },
+  const drawing = s("svg", { class: "plot", role: "img", tabindex: 0, "aria-label": title },
     grid, paths, cursor);
+  let W = 600; // as wide as there is room for; set below
   let samples = [];
   let picked = null;
   let scale = { x: () => 0, y: () => 0 };
@@ -48,7 +48,7 @@ export function plot(title, series, { show, log = false } = {}) {
         s("line", { class: "axis", x1: BOX.left, x2: W - BOX.right, y1: scale.y(m), y2: scale.y(m) }),
         s("text", { x: BOX.left - 6, y: scale.y(m) + 4, "text-anchor": "end" }, show(m)),
       ]),
-      ...[60, 45, 30, 15, 0].map((minutes) =>
+      ...(W > 420 ? [60, 45, 30, 15, 0] : [60, 30, 0]).map((minutes) =>
         s("text", { x: BOX.left + (1 - minutes / 60) * (W - BOX.left - BOX.right), y: H - 5, "text-anchor": minutes === 0 ? "end" : minutes === 60 ? "start" : "middle" },
           minutes === 0 ? "now" : `−${minutes} min`)));
     series.forEach((one, i) => paths[i].setAttribute("d", line(one)));
@@ -67,6 +67,7 @@ export function plot(title, series, { show, log = false } = {}) {
       last = at;
       if (v === null || v === undefined) continue;
       d += `${pen}${scale.x(sample).toFixed(1)} ${scale.y(v).toFixed(1)}`;
+      if (pen === "M") d += "h0.01"; // a point on its own is seen, too
       pen = "L";
     }
     return d;
@@ -85,7 +86,7 @@ export function plot(title, series, { show, log = false } = {}) {
 
   drawing.addEventListener("pointermove", (event) => {
     const box = drawing.getBoundingClientRect();
-    const x = ((event.clientX - box.left) / box.width) * W;
+    const x = event.clientX - box.left;
     let best = 0;
     samples.forEach((sample, i) => {
       if (Math.abs(scale.x(sample) - x) < Math.abs(scale.x(samples[best]) - x)) best = i;
@@ -102,6 +103,11 @@ export function plot(title, series, { show, log = false } = {}) {
     picked = Math.max(0, Math.min(samples.length - 1, (picked ?? samples.length) + step * (event.shiftKey ? 12 : 1)));
     read();
   });
+
+  new ResizeObserver(([entry]) => {
+    W = Math.max(240, Math.round(entry.contentRect.width));
+    draw();
+  }).observe(drawing);
 
   const node = h("section", { class: "sheet" },
     h("header", {}, h("h2", {}, title), at),
