@@ -22,6 +22,7 @@ use actix_web::dev::ServerHandle;
 use futures_util::future::{join_all, try_join_all};
 use tokio::sync::{oneshot, watch};
 
+use crate::actors::pusher;
 use crate::actors::registry::{ClientRegistry, GetActorCensus, RegistryParts, Shutdown};
 use crate::broker::{Broker, BrokerError, embedded};
 use crate::config::{BrokerChoice, Config, TlsFiles};
@@ -32,6 +33,7 @@ use crate::secret::{self, Secret, SecretHash};
 use crate::store::Store;
 use crate::telemetry::{self, Observer, Telemetry};
 use crate::token::{TokenSecret, Tokens};
+use crate::webhook;
 
 pub use error::AppError;
 use signals::Signals;
@@ -56,6 +58,8 @@ pub struct App {
     servers: Vec<ServerHandle>,
     servers_end: JoinHandle<std::io::Result<()>>,
     observer: JoinHandle<()>,
+    attempts: Arc<webhook::AttemptLog>,
+    attempts_run: JoinHandle<()>,
     closing: watch::Sender<bool>,
 }
 
@@ -88,6 +92,10 @@ impl App {
         let store = Store::open(db.clone(), &token_secret).await.map_err(database)?;
         let loaded = store.load().await.map_err(database)?;
         let broker = open_broker(&config, &db, &telemetry).await.map_err(AppError::Broker)?;
+        let connector = webhook::tls::connector(config.webhook_ca.as_deref()).map_err(AppError::WebhookCa)?;
+        let sender = webhook::Sender::new(config.webhook_allow.clone(), connector);
+        let webhooks = webhook::Means::open(db.clone(), sender, config.attempt_retention, Arc::clone(&telemetry));
+        let webhooks = webhooks.await.map_err(database)?;
         let directory = Arc::new(Directory::default());
         let parts = RegistryParts {
             broker: Arc::clone(&broker),
@@ -96,7 +104,8 @@ impl App {
             telemetry: Arc::clone(&telemetry),
             max_message_bytes: config.max_message_bytes,
             retention: config.attempt_retention,
-            pusher: None,
+            pusher: Some(pusher::factory(webhooks.clone())),
+            attempts: Some(Arc::clone(&webhooks.log)),
         };
         let registry = ClientRegistry::start(parts, loaded)
             .map_err(|source| AppError::Start { what: "the actors' threads", source })?;
@@ -111,6 +120,7 @@ impl App {
             tokens: Arc::new(Tokens::new(token_secret, config.token_lifetime)),
             admin: SecretHash::of(&admin_token),
             shutdown,
+            webhooks: webhooks.clone(),
         };
         let servers = http::start(state, listener, metrics_listener, tls)
             .map_err(|source| AppError::Start { what: "the HTTP server", source })?;
@@ -128,6 +138,8 @@ impl App {
             servers: servers.iter().map(actix_web::dev::Server::handle).collect(),
             servers_end: actix_rt::spawn(async move { try_join_all(servers).await.map(|_| ()) }),
             observer,
+            attempts_run: actix_rt::spawn(Arc::clone(&webhooks.log).run()),
+            attempts: webhooks.log,
             closing,
         })
     }
@@ -251,6 +263,10 @@ impl App {
         let shutdown = self.registry.send(Shutdown { within: actors });
         if let Some(Err(error)) = within(actors + Duration::from_secs(1), "actors", shutdown).await {
             log::error!("the registry cannot stop the actors: {error}");
+        }
+        self.attempts_run.abort();
+        if let Some(Err(error)) = within(left() / 2, "the log of webhook attempts", self.attempts.flush()).await {
+            log::warn!("cannot write the last webhook attempts: {error}");
         }
         within(left(), "the broker", self.broker.close()).await;
         let (closed, is_closed) = oneshot::channel();

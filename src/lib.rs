@@ -19,6 +19,7 @@ pub mod time;
 pub mod token;
 pub mod topic;
 pub mod webhook;
+pub mod websocket;
 
 /// This version, as the banner and the API name it.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -50,6 +50,9 @@ pub enum AppError {
         /// Why.
         detail: String,
     },
+    /// The file in `SOAR_WEBHOOK_CA` cannot be used.
+    #[error("cannot use SOAR_WEBHOOK_CA: {0}")]
+    WebhookCa(crate::webhook::tls::CaError),
     /// The broker cannot be opened.
     #[error("cannot open the broker: {}", crate::actors::describe(.0))]
     Broker(BrokerError),

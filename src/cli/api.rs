@@ -122,6 +122,8 @@ pub(crate) struct Problem {
     detail: String,
     /// Every wrong field.
     pub(crate) errors: Vec<FieldError>,
+    /// Why the router is not ready.
+    reasons: Vec<String>,
     request_id: String,
     /// How long to wait before the next try.
     #[serde(skip)]
@@ -314,7 +316,12 @@ impl From<Failure> for CliError {
 
 impl std::fmt::Display for Problem {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let said = if self.detail.is_empty() { &self.title } else { &self.detail };
+        // Where fields are named, the detail only says so; where there is a hint, it speaks of commands instead of calls.
+        let said = match (self.detail.as_str(), self.hint.is_empty()) {
+            _ if !self.errors.is_empty() || self.detail.is_empty() => self.title.as_str(),
+            (detail, true) => detail,
+            (detail, false) => detail.split("; ").next().unwrap_or_default(),
+        };
         write!(f, "{} ({}", said.trim_end_matches('.'), self.status)?;
         if !self.code.is_empty() {
             write!(f, " {}", self.code)?;
@@ -325,6 +332,9 @@ impl std::fmt::Display for Problem {
         }
         if self.errors.len() > ERRORS_SHOWN {
             write!(f, "; and {} more", self.errors.len() - ERRORS_SHOWN)?;
+        }
+        for reason in self.reasons.iter().take(ERRORS_SHOWN) {
+            write!(f, "; {reason}")?;
         }
         if !self.hint.is_empty() {
             write!(f, "; {}", self.hint)?;
@@ -356,7 +366,7 @@ fn hint(problem: &Problem, who: &Who, resource: &str) -> String {
         }
         "not_found" if resource == "clients" => "`backbone client list` shows the clients there are".into(),
         "not_found" if resource == "messages" => {
-            "only the SOAR_TRACE_MESSAGES most recent messages are remembered, and none across a restart".into()
+            "the SOAR_TRACE_MESSAGES most recent messages are remembered, until a restart".into()
         }
         "too_large" => "SOAR_MAX_MESSAGE_BYTES sets the limit at the router".into(),
         "rate_limited" | "broker_unavailable" | "shutting_down" => wait(),
@@ -382,10 +392,7 @@ mod tests {
             r#"{"type":"about:blank","title":"Invalid","status":422,"detail":"2 fields are invalid.","code":"invalid",
                 "errors":[{"pointer":"/client_id","detail":"is reserved"},{"pointer":"/subscriptions/0","detail":"has ' '"}]}"#,
         );
-        assert_eq!(
-            shown.to_string(),
-            "2 fields are invalid (422 invalid); /client_id: is reserved; /subscriptions/0: has ' '"
-        );
+        assert_eq!(shown.to_string(), "Invalid (422 invalid); /client_id: is reserved; /subscriptions/0: has ' '");
         let shown = problem(r#"{"title":"Full","status":507,"code":"disk_full","request_id":"r-1"}"#);
         assert_eq!(
             shown.to_string(),

@@ -3,7 +3,7 @@
 
 use std::fs::{DirBuilder, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,12 @@ const POLL: Duration = Duration::from_millis(10);
 
 /// How long a child may take to end before it is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// What stands before the URL in the line by which a child says where it listens.
+pub(crate) const ANNOUNCEMENT: &str = "listens on ";
+
+/// What a router of our own logs: where it listens, and what goes wrong.
+const LOG_FILTER: &str = "warn,backbone::app=info";
 
 /// Bytes at the end of a child's log that an error quotes.
 const LOG_QUOTED: u64 = 2000;
@@ -122,6 +128,26 @@ impl Process {
         }
     }
 
+    /// Waits until it says where it listens. It takes a free port itself: one that was looked for here could be
+    /// somebody else's by the time it is used, and the load would meet the wrong server.
+    ///
+    /// # Errors
+    /// When it ends before that, or takes too long.
+    pub(crate) async fn url(&mut self) -> Result<String, CliError> {
+        let deadline = Instant::now() + START_TIMEOUT;
+        loop {
+            // Not there yet is as good as empty.
+            if let Some(url) = announced(&std::fs::read_to_string(&self.log).unwrap_or_default()) {
+                return Ok(url.to_owned());
+            }
+            self.check()?;
+            if Instant::now() > deadline {
+                return Err(CliError::failed(format!("the router did not start in time: {}", self.last_words())));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
     fn last_words(&self) -> String {
         let mut text = Vec::new();
         let read = File::open(&self.log).and_then(|mut log| {
@@ -192,14 +218,15 @@ impl Router {
     /// When it ends or is not ready in time; says what it logged.
     pub(crate) async fn start(settings: &Settings<'_>) -> Result<Self, CliError> {
         let dir = TemporaryDir::create(settings.parent, settings.what)?;
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port(settings.port)?)).to_string();
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, settings.port)).to_string();
         let data_dir = dir.path().display().to_string();
         let mut variables =
-            vec![("SOAR_BIND", address.as_str()), ("DATA_DIR", data_dir.as_str()), ("RUST_LOG", "warn")];
+            vec![("SOAR_BIND", address.as_str()), ("DATA_DIR", data_dir.as_str()), ("RUST_LOG", LOG_FILTER)];
         variables.extend(settings.broker.map(|url| ("SOAR_BROKER_URL", url)));
         variables.extend(settings.queue_type.map(|queue_type| ("SOAR_QUEUE_TYPE", queue_type)));
-        let process = Process::start(&["serve", "--until-stdin-ends"], &variables, &dir.path().join("router.log"))?;
-        let mut router = Self { process, dir, url: format!("http://{address}") };
+        let mut process = Process::start(&["serve", "--until-stdin-ends"], &variables, &dir.path().join("router.log"))?;
+        let url = process.url().await?;
+        let mut router = Self { process, dir, url };
         let api = Api::new(&router.url, None)?;
         let deadline = Instant::now() + START_TIMEOUT;
         while let Err(failure) = api.call(&Call::new(Method::GET, &["readyz"], &Who::Anyone)).await {
@@ -256,17 +283,25 @@ impl Router {
     }
 }
 
-/// `port`, or one that nobody uses right now. Someone may take it before the child does; then the child says so.
-pub(crate) fn free_port(port: u16) -> Result<u16, CliError> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, port))
-        .and_then(|listener| listener.local_addr())
-        .map(|address| address.port())
-        .map_err(|error| CliError::failed(format!("cannot listen on 127.0.0.1:{port}: {error}; pass another --port")))
+/// The URL in the line by which a child says where it listens, once the line is whole.
+fn announced(log: &str) -> Option<&str> {
+    let (_, rest) = log.split_once(ANNOUNCEMENT)?;
+    let (url, _) = rest.split_once(|c: char| c.is_whitespace())?;
+    url.starts_with("http").then_some(url)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_url_is_read_once_its_line_is_whole() {
+        let line =
+            "[INFO  backbone::app] Communications Backbone 0.1.0 listens on http://127.0.0.1:3977 (console: x)\n";
+        assert_eq!(announced(line), Some("http://127.0.0.1:3977"));
+        assert_eq!(announced("… listens on http://127.0.0.1:39"), None, "the rest may follow");
+        assert_eq!(announced("starting\n"), None);
+    }
 
     #[test]
     fn a_temporary_directory_goes_with_its_owner() {

@@ -145,15 +145,21 @@ async fn onboard(api: &Api, admin: &Who, id: &str, name: &str, subscriptions: &[
 
 /// The next message of the story.
 fn scene(number: u64) -> (&'static str, Option<&'static str>, Value) {
-    let drift = (number % 97) as f64 / 1000.0;
-    let (lat, lon) = (57.25 + drift, -9.75 - drift);
+    // Positions in whole thousandths of a degree, so that they are shown as a person would write them.
+    let (drift, thousandth) = ((number % 97) as f64, |n: f64| n.round() / 1000.0);
+    let (lat, lon, ship_lat) =
+        (thousandth(57_250.0 + drift), thousandth(-9750.0 - drift), thousandth(57_350.0 + drift));
     match number % 6 {
         0 => {
             ("noc-c2", Some("soar.noc.slocum.unit-397"), json!({"waypoint": {"lat": lat, "lon": lon}, "depth_m": 950}))
         }
-        1 => ("glider-ops", Some("soar.glider.status.unit-397"), json!({"battery_v": 14.9 - drift, "state": "diving"})),
+        1 => (
+            "glider-ops",
+            Some("soar.glider.status.unit-397"),
+            json!({"battery_v": thousandth(14_900.0 - drift), "state": "diving"}),
+        ),
         2 => {
-            ("ship-ops", Some("soar.ship.position"), json!({"lat": lat + 0.1, "lon": lon, "heading": 40 + number % 20}))
+            ("ship-ops", Some("soar.ship.position"), json!({"lat": ship_lat, "lon": lon, "heading": 40 + number % 20}))
         }
         3 => (
             "glider-ops",
@@ -268,7 +274,7 @@ fn arrival(id: &str, client: &str, after: Duration, json: bool) -> String {
     if json {
         return json!({"event": "arrived", "id": id, "client": client}).to_string();
     }
-    format!("{:25} └─▶ {client:<30} after {:.1} ms", "", after.as_secs_f64() * 1e3)
+    format!("{:25}└─▶ {client:<30} after {:.1} ms", "", after.as_secs_f64() * 1e3)
 }
 
 /// The time of day of an RFC 3339 timestamp.

@@ -29,6 +29,8 @@ mod receive;
 mod send;
 mod serve;
 mod status;
+#[cfg(test)]
+mod tests;
 mod token;
 mod trace;
 

@@ -216,8 +216,11 @@ impl Inbox {
         })?;
         let unknown = serde_json::from_slice::<Settled>(&answer).map_or(0, |settled| settled.unknown.len());
         if unknown > 0 && verb == "ack" {
-            let many = count(unknown as u64, "message");
-            context.out.note(format!("{many} took longer to print than the lease of {} s; may come again", self.lease));
+            context.out.note(format!(
+                "{} came too late to be acknowledged (the router restarted, or the lease of {} s was over): may come again",
+                count(unknown as u64, "message"),
+                self.lease
+            ));
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use crate::broker::Depths;
 use crate::client::{ClientRecord, Limits, Webhook};
 use crate::time::Timestamp;
 use crate::topic::Pattern;
+use crate::webhook::BreakerState;
 
 /// A client's record.
 #[derive(Debug, Serialize, ToSchema)]
@@ -119,7 +120,18 @@ pub(crate) struct WebhookView {
     #[serde(skip_serializing_if = "Option::is_none")]
     disabled_reason: Option<String>,
     /// `closed` (calls go out), `open` (the endpoint only fails and is left alone) or `half_open` (being probed).
-    breaker: &'static str,
+    #[schema(value_type = BreakerView)]
+    breaker: BreakerState,
+}
+
+/// What a circuit breaker does.
+#[derive(ToSchema)]
+#[schema(as = Breaker, rename_all = "snake_case")]
+#[allow(dead_code, reason = "names the states in the document; the states themselves are the breaker's")]
+pub(crate) enum BreakerView {
+    Closed,
+    Open,
+    HalfOpen,
 }
 
 impl ClientView {
@@ -142,6 +154,14 @@ impl ClientView {
 
     pub(crate) fn with_secrets(mut self, secret: Option<String>, webhook_secret: Option<String>) -> Self {
         (self.secret, self.webhook_secret) = (secret, webhook_secret);
+        self
+    }
+
+    /// Shows the webhook's breaker; it is closed as long as nothing is pushed.
+    pub(crate) fn with_breaker(mut self, state: Option<BreakerState>) -> Self {
+        if let (Some(webhook), Some(state)) = (&mut self.webhook, state) {
+            webhook.breaker = state;
+        }
         self
     }
 
@@ -174,7 +194,7 @@ impl From<&Webhook> for WebhookView {
             ordered: webhook.ordered,
             enabled: webhook.enabled,
             disabled_reason: webhook.disabled_reason,
-            breaker: "closed",
+            breaker: BreakerState::Closed,
         }
     }
 }

@@ -18,7 +18,7 @@ use super::query::Query;
 use super::route::{Answer, Call};
 use crate::actors::registry::{ClientRegistry, DeleteClient, GetActorStates};
 use crate::broker::Depths;
-use crate::client::ClientId;
+use crate::client::{ClientId, ClientRecord};
 
 /// How long the broker may take to say how deep a client's queues are, before the record is shown without.
 const DEPTHS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -145,7 +145,7 @@ pub(crate) async fn list(call: Call) -> Answer {
     let more = entries.len() > limit;
     entries.truncate(limit);
     let next = entries.last().filter(|_| more).map(|last| last.record.client_id.to_string());
-    let clients = entries.iter().map(|entry| ClientView::new(&entry.record)).collect();
+    let clients = entries.iter().map(|entry| view(&call, &entry.record)).collect();
     Ok(HttpResponse::Ok().json(ClientPage { clients, next }))
 }
 
@@ -162,7 +162,7 @@ pub(crate) async fn show(call: Call) -> Answer {
     let Some(actors) = ask(&call, GetActorStates(id.clone())).await? else {
         return Err(Problem::not_found("there is no such client"));
     };
-    let view = ClientView::new(&entry.record).with_live(depths(&call, id).await, actors);
+    let view = view(&call, &entry.record).with_live(depths(&call, id).await, actors);
     Ok(HttpResponse::Ok().insert_header(("cache-control", "no-store")).json(view))
 }
 
@@ -198,7 +198,7 @@ pub(crate) async fn patch(mut call: Call) -> Answer {
     let body = settings(&mut call).await?;
     let patch = client_body::patch(&entry.record, &body, &call.api.state.config.webhook_allow)?;
     let patched = ask(&call, patch).await??;
-    let view = ClientView::new(&patched.record).with_secrets(None, patched.webhook_secret);
+    let view = view(&call, &patched.record).with_secrets(None, patched.webhook_secret);
     Ok(HttpResponse::Ok().insert_header(("cache-control", "no-store")).json(view))
 }
 
@@ -216,6 +216,11 @@ pub(crate) async fn delete(call: Call) -> Answer {
     let entry = call.existing(call.path("id"))?;
     ask(&call, DeleteClient(entry.record.client_id.clone())).await??;
     Ok(HttpResponse::NoContent().finish())
+}
+
+/// The record, and how the webhook fares.
+fn view(call: &Call, record: &ClientRecord) -> ClientView {
+    ClientView::new(record).with_breaker(call.api.state.webhooks.breakers.get(&record.client_id))
 }
 
 async fn settings(call: &mut Call) -> Result<serde_json::Map<String, serde_json::Value>, Problem> {

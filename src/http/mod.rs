@@ -6,7 +6,7 @@
 //! - [`body`], [`query`], [`fields`] read requests and name every mistake; [`item`] and [`batch`] read messages;
 //!   [`budget`] bounds what large bodies, large answers and long polls may take.
 //! - One file per resource: [`send`], [`receive`] (with [`envelopes`]), [`settle`], [`token`], [`clients`] (with
-//!   [`client_body`] and [`client_view`]), [`secrets`], [`dead_letters`], [`health`], [`openapi`].
+//!   [`client_body`] and [`client_view`]), [`secrets`], [`webhooks`], [`dead_letters`], [`health`], [`openapi`].
 //!
 //! # Invariants
 //! - No message waits for the control plane: the message calls read the directory and ask the broker only.
@@ -42,6 +42,7 @@ mod settle;
 #[cfg(test)]
 mod tests;
 mod token;
+mod webhooks;
 mod ws;
 
 use std::net::TcpListener;
@@ -66,6 +67,7 @@ use crate::limits::GuessLimiter;
 use crate::secret::SecretHash;
 use crate::telemetry::Telemetry;
 use crate::token::Tokens;
+use crate::webhook::Means;
 
 /// What the API is made from.
 #[derive(Clone)]
@@ -86,6 +88,8 @@ pub struct State {
     pub admin: SecretHash,
     /// True once the backbone shuts down: long polls end, and no new work is taken.
     pub shutdown: watch::Receiver<bool>,
+    /// Sends webhooks, and knows how they fare.
+    pub webhooks: Means,
 }
 
 /// What all calls share.
@@ -94,6 +98,7 @@ pub(crate) struct Api {
     guesses: GuessLimiter,
     budget: Arc<Budget>,
     sockets: Arc<ws::Sockets>,
+    tests: webhooks::Tests,
     openapi: Bytes,
 }
 
@@ -101,7 +106,14 @@ impl Api {
     fn new(state: State) -> Self {
         let openapi = openapi::document().to_json().expect("the document is plain data");
         let budget = Arc::new(Budget::new(send::request_bytes_max(state.config.max_message_bytes)));
-        Self { state, guesses: GuessLimiter::default(), budget, sockets: Arc::default(), openapi: openapi.into() }
+        Self {
+            state,
+            guesses: GuessLimiter::default(),
+            budget,
+            sockets: Arc::default(),
+            tests: webhooks::Tests::default(),
+            openapi: openapi.into(),
+        }
     }
 
     fn request_bytes_max(&self) -> usize {
@@ -127,6 +139,8 @@ fn routes() -> Vec<At> {
         at("/clients/{id}").get(clients::show).patch(clients::patch).delete(clients::delete),
         at("/clients/{id}/secret").post(secrets::rotate_client),
         at("/clients/{id}/webhook-secret").post(secrets::rotate_webhook),
+        at("/clients/{id}/attempts").get(webhooks::attempts),
+        at("/clients/{id}/webhook/test").post(webhooks::test),
         at("/clients/{id}/dead-letters").get(dead_letters::list).delete(dead_letters::purge),
         at("/clients/{id}/dead-letters/replay").post(dead_letters::replay),
         at("/messages/{id}").get(messages::show),

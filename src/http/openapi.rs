@@ -13,7 +13,9 @@ use utoipa::{IntoParams, IntoResponses, Modify, OpenApi as _, ToSchema};
 
 use super::error::{Code, FieldError};
 use super::route::{Answer, Call};
-use super::{clients, console, dead_letters, health, messages, pages, receive, secrets, send, settle, token, ws};
+use super::{
+    clients, console, dead_letters, health, messages, pages, receive, secrets, send, settle, token, webhooks, ws,
+};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -27,6 +29,7 @@ use super::{clients, console, dead_letters, health, messages, pages, receive, se
         send::send, send::notify, receive::receive, settle::ack, settle::nack, token::token,
         clients::create, clients::list, clients::show, clients::patch, clients::delete,
         secrets::rotate_client, secrets::rotate_webhook,
+        webhooks::attempts, webhooks::test,
         dead_letters::list, dead_letters::replay, dead_letters::purge,
         messages::show, ws::ws,
         health::livez, health::readyz, health::metrics, openapi,
@@ -36,6 +39,7 @@ use super::{clients, console, dead_letters, health, messages, pages, receive, se
     tags(
         (name = "messages", description = "A client's calls: send, receive, settle."),
         (name = "clients", description = "Onboarding and looking after clients."),
+        (name = "webhooks", description = "How deliveries to a client's endpoint go."),
         (name = "dead letters", description = "What could not be delivered, or not be read."),
         (name = "pages", description = "For people: the operators' console, and this API's page."),
         (name = "operation", description = "Health, metrics, this document."),

@@ -25,7 +25,7 @@ const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Connections that one worker holds at most.
 const CONNECTIONS_MAX: usize = 25_000;
 
-/// Open files left for everything that is not a caller: the database, the broker, webhooks.
+/// Open files left for everything that is neither caller nor webhook: the database, the broker.
 const FILES_KEPT: usize = 512;
 
 /// Starts serving `routes` on a listening socket, by https when `tls` is given.
@@ -70,7 +70,8 @@ pub(super) fn serve(
 fn connections_max(workers: usize) -> usize {
     let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     let files = usize::try_from(files).unwrap_or(usize::MAX);
-    (files.saturating_sub(FILES_KEPT) / workers).clamp(64, CONNECTIONS_MAX)
+    // Webhooks may take half of them.
+    ((files / 2).saturating_sub(FILES_KEPT) / workers).clamp(64, CONNECTIONS_MAX)
 }
 
 async fn no_such_path(_: HttpRequest) -> Answer {

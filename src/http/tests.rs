@@ -61,8 +61,13 @@ async fn run() -> Running {
         max_message_bytes: config.max_message_bytes,
         retention: config.attempt_retention,
         pusher: None,
+        attempts: None,
     };
     let registry = ClientRegistry::start(parts, loaded).expect("a registry");
+    let connector = crate::webhook::tls::connector(None).expect("no bundle");
+    let sender = crate::webhook::Sender::new(config.webhook_allow.clone(), connector);
+    let webhooks = crate::webhook::Means::open(db.clone(), sender, config.attempt_retention, telemetry.clone());
+    let webhooks = webhooks.await.expect("webhooks' tables");
     let admin = Secret::generate().reveal().to_owned();
     let (shutdown, closing) = watch::channel(false);
     let state = State {
@@ -74,6 +79,7 @@ async fn run() -> Running {
         config,
         admin: SecretHash::of(&admin),
         shutdown: closing,
+        webhooks,
     };
     let ((api, address), (metrics_listener, metrics)) = (listener(), listener());
     let servers = start(state, api, Some(metrics_listener), None).expect("servers");

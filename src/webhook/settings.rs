@@ -123,17 +123,21 @@ fn check_url(text: &str, guard: &Guard) -> Result<(), String> {
     if url.fragment().is_some() {
         return Err("must not have a fragment; it would never be sent".into());
     }
-    if url.port().is_some_and(|port| BAD_PORTS.binary_search(&port).is_ok()) {
-        return Err(format!("must not have the port {}; no web server listens there", url.port().unwrap_or(0)));
+    let literal = address::literal(&url);
+    let is_http = url.scheme() == "http";
+    // http to a name reaches listed addresses only, or nothing: that is judged when connecting.
+    let is_listed = literal.map_or(is_http && guard.lists_any(), |literal| guard.lists(literal));
+    if is_http && !is_listed {
+        return Err("must be an https URL; http is for addresses in SOAR_WEBHOOK_ALLOW only".into());
     }
-    if url.scheme() == "http" {
-        match address::literal(&url) {
-            Some(literal) if guard.lists(literal) => {}
-            None if guard.lists_any() => {}
-            _ => return Err("must be an https URL; http is for addresses in SOAR_WEBHOOK_ALLOW only".into()),
+    match url.port() {
+        Some(0) => Err("must not have the port 0".into()),
+        // Where the operator let webhooks in, they may knock at any door.
+        Some(port) if BAD_PORTS.binary_search(&port).is_ok() && !is_listed => {
+            Err(format!("must not have the port {port}; no web server listens there"))
         }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn check_header(name: &str, value: &str, seen: &mut HashSet<HeaderName>) -> Result<(), String> {
@@ -238,6 +242,11 @@ mod tests {
             ("http://[::1]/", true),
             ("http://[::ffff:127.0.0.1]/", true),
             ("http://hooks.example/", true),
+            ("http://127.0.0.1:9/", true),
+            ("http://127.0.0.1:0/", false),
+            ("http://localhost:9/", true),
+            ("https://8.8.8.8:25/", false),
+            ("https://example.com:25/", false),
             ("http://10.0.0.1/", false),
             ("http://8.8.8.8/", false),
             ("http://[::2]/", false),

@@ -5,7 +5,9 @@
 //! - `support`: starts routers and brokers, talks to them, waits for conditions. Start reading there.
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
 //! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
+//! - `ws`: the WebSocket.
 //! - `flow`: messages from sender to receivers, through the whole router. `http_…`: each part of the API.
+//! - `webhook_…`: the sender, the pusher's loop, and both in the whole router.
 //!
 //! A test inside `broker_tests!` runs once on each broker; see `support::fixture`.
 
@@ -24,5 +26,7 @@ mod http_problems;
 mod http_receive;
 mod http_send;
 mod panic;
+mod webhook_flow;
 mod webhook_push;
 mod webhook_send;
+mod ws;

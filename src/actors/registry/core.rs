@@ -25,6 +25,7 @@ use crate::db::DbError;
 use crate::directory::ClientEntry;
 use crate::secret::WebhookSecrets;
 use crate::store::{Store, StoredClient};
+use crate::webhook::AttemptLog;
 
 /// See the module.
 pub(super) struct Core {
@@ -32,6 +33,7 @@ pub(super) struct Core {
     pub(super) store: Store,
     pub(super) turns: Turns,
     pub(super) pusher: Option<PusherFactory>,
+    pub(super) attempts: Option<Arc<AttemptLog>>,
     pub(super) arbiters: Arbiters,
     pub(super) clients: RefCell<HashMap<ClientId, Client>>,
     pub(super) publisher: RefCell<Child>,
@@ -145,12 +147,14 @@ impl Core {
         store: Store,
         arbiters: Arbiters,
         pusher: Option<PusherFactory>,
+        attempts: Option<Arc<AttemptLog>>,
     ) -> Rc<Self> {
         Rc::new_cyclic(|me| Self {
             shared,
             store,
             turns: Turns::default(),
             pusher,
+            attempts,
             arbiters,
             clients: RefCell::default(),
             publisher: RefCell::default(),

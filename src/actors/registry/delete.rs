@@ -105,6 +105,9 @@ pub(super) async fn clear_leftovers(core: &Core, id: &ClientId) -> Result<(), Re
         return Ok(());
     }
     core.shared.broker.delete_client(id).await?;
+    if let Some(attempts) = &core.attempts {
+        attempts.forget(id).await.map_err(store_error(id))?;
+    }
     core.store.remove(id).await.map_err(store_error(id))?;
     core.leftovers.borrow_mut().remove(id);
     Ok(())

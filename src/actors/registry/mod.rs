@@ -53,6 +53,7 @@ use crate::secret::WebhookSecrets;
 use crate::store::{Loaded, Store};
 use crate::telemetry::Telemetry;
 use crate::time::Timestamp;
+use crate::webhook::AttemptLog;
 
 /// Messages in the registry's mailbox; askers beyond that wait. News of actors are not counted.
 const MAILBOX_CAPACITY: usize = 256;
@@ -111,6 +112,8 @@ pub struct RegistryParts {
     pub retention: Duration,
     /// Makes pushers; without it no webhook is called.
     pub pusher: Option<PusherFactory>,
+    /// The log of webhook attempts, where a deleted client is to be forgotten.
+    pub attempts: Option<Arc<AttemptLog>>,
 }
 
 /// See the module.
@@ -135,7 +138,7 @@ impl ClientRegistry {
             ctx.set_mailbox_capacity(MAILBOX_CAPACITY);
             let RegistryParts { broker, directory, telemetry, max_message_bytes, .. } = parts;
             let shared = Shared::new(broker, directory, telemetry, max_message_bytes, ctx.address());
-            let core = Core::new(Arc::new(shared), parts.store, arbiters, parts.pusher);
+            let core = Core::new(Arc::new(shared), parts.store, arbiters, parts.pusher, parts.attempts);
             ready = Some(Rc::clone(&core));
             Self { core, operations: Arc::new(Semaphore::new(OPERATIONS_MAX)), retention, purging: false }
         });

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
@@ -9,10 +10,13 @@ use super::{Shared, dedup, schema};
 use crate::db::{DbError, WriteJob};
 
 /// Rows deleted for one chore in one step.
-const ROWS_PER_STEP: usize = 1000;
+const ROWS_PER_STEP: usize = if cfg!(test) { 7 } else { 1000 };
 
-/// Chores in one step; most have few rows.
+/// Chores in one step; most have few rows, and those behind one with many wait for the next.
 const CHORES_PER_STEP: usize = 32;
+
+/// How long to wait after a step that failed, in milliseconds.
+const RETRY_MS: u64 = 1000;
 
 /// Rows that are no longer needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +32,8 @@ pub(super) enum Chore {
 pub(super) struct Chores {
     waiting: VecDeque<Chore>,
     is_running: bool,
+    /// After a failure: when to try again.
+    not_before: Option<Instant>,
 }
 
 impl Chores {
@@ -47,7 +53,7 @@ struct Step {
 pub(super) fn step(shared: &Arc<Shared>) {
     let chores = {
         let mut list = shared.chores.lock();
-        if list.is_running || list.waiting.is_empty() {
+        if list.is_running || list.waiting.is_empty() || list.not_before.is_some_and(|at| Instant::now() < at) {
             return;
         }
         list.is_running = true;
@@ -60,13 +66,21 @@ pub(super) fn step(shared: &Arc<Shared>) {
 impl WriteJob for Step {
     fn run(&mut self, connection: &Connection) -> rusqlite::Result<()> {
         self.unfinished.clear();
+        // What is left of a failed window may hold rows of a queue that was deleted since, and changes to them. Those
+        // come first: a row that came later would stay forever, and a reference would be dropped twice.
+        let mut must_wait = self.shared.retry_at.lock().is_some();
         for &chore in &self.chores {
+            if must_wait {
+                self.unfinished.push(chore);
+                continue;
+            }
             let more = match chore {
                 Chore::DeletedQueue(queue) => schema::delete_some(connection, queue, ROWS_PER_STEP)?,
                 Chore::OwnIds(generation) => dedup::delete_some(connection, generation, ROWS_PER_STEP)?,
             };
             if more {
                 self.unfinished.push(chore);
+                must_wait = true;
             }
         }
         Ok(())
@@ -74,15 +88,15 @@ impl WriteJob for Step {
 
     fn done(self: Box<Self>, result: Result<(), DbError>) {
         let Self { shared, chores, unfinished } = *self;
-        let again = match result {
-            Ok(()) => unfinished,
+        let (again, not_before) = match result {
+            Ok(()) => (unfinished, None),
             Err(error) => {
                 log::warn!("delete old rows: {error}; tried again later");
-                chores
+                (chores, Some(Instant::now() + Duration::from_millis(RETRY_MS)))
             }
         };
         let mut list = shared.chores.lock();
-        list.is_running = false;
+        (list.is_running, list.not_before) = (false, not_before);
         list.waiting.extend(again);
     }
 }

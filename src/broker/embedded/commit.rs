@@ -10,7 +10,7 @@ use super::window::{Window, broker_error};
 use crate::db::{DbError, DbErrorKind, StandingJob, WriteJob};
 
 /// How long to wait after a failed commit before the next, in milliseconds.
-const RETRY_MS: u64 = 100;
+const RETRY_MS: u64 = if cfg!(test) { 10 } else { 100 };
 
 /// How long a commit waits for pipelines at most, and between two looks, in microseconds. A hop takes some ten.
 const TRANSIT_US_MAX: u64 = 400;
@@ -59,9 +59,9 @@ impl WriteJob for Flush {
             Ok(()) => {
                 shared.telemetry.metrics.commit_latency.observe(began.elapsed().as_secs_f64());
                 *shared.retry_at.lock() = None;
-                let late = shared.with_core(|core| core.window_durable(&window));
+                shared.with_core(|core| core.window_durable(&window));
                 // Whoever stopped waiting needs no answer.
-                for waiter in window.waiters.drain(..).chain(late) {
+                for waiter in window.waiters.drain(..) {
                     let _ = waiter.send(Ok(()));
                 }
             }
@@ -79,5 +79,7 @@ impl WriteJob for Flush {
                 }
             }
         }
+        // Whoever sent an own id of this window again can look now whether it was taken.
+        shared.claims_changed.notify_waiters();
     }
 }

@@ -150,7 +150,12 @@ impl Source {
                     core.report(message, Step::Delivered(client.clone()));
                 }
             }
-            Outcome::Forward(target, _) => core.forward(self.queue, pos, self.holder, *target, now_ms),
+            Outcome::Forward(target, message) => {
+                // Nothing happens when it is not held any more: then it came back before.
+                if let Some(slot) = core.take_in_flight(self.queue, pos, self.holder) {
+                    core.forward(self.queue, &slot, message, *target, now_ms);
+                }
+            }
             Outcome::Requeue => {
                 core.give_back(self.queue, pos, self.holder);
             }

@@ -10,23 +10,24 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use super::dedup::Dedup;
-use super::queue::{Body, BodyRef, Holder, InFlight, Lease, QueueState, Slot};
+use super::queue::{Body, BodyRef, Holder, InFlight, Lease, QueueState, SLOTS_MAX, Slot};
 use super::window::{BodyFate, DeadInsert, Delete, Insert, Update, Waiter, Window};
 use crate::broker::{DeadReason, Depths, Origin, Payload, Queue, Target};
 use crate::client::ClientId;
 use crate::envelope::SharedMessage;
 use crate::telemetry::traces::ROUTED_KEPT;
 use crate::telemetry::{Step, Telemetry};
+use crate::time::Timestamp;
 use crate::topic::{Pattern, Trie};
 
 /// Memory for messages of all queues together, in bytes; past it, queues that nobody reads keep theirs on disk only.
-pub(super) const HOT_BYTES_TOTAL: usize = 64 << 20;
+pub(super) const HOT_BYTES_TOTAL: usize = if cfg!(test) { 64 << 10 } else { 64 << 20 };
 
 /// Rows in one window past which pipelines wait for the next: bounds memory and the length of a commit.
-const WINDOW_ROWS_MAX: usize = 100_000;
+const WINDOW_ROWS_MAX: usize = if cfg!(test) { 60 } else { 100_000 };
 
 /// Messages kept in `soar-unrouted`; past it the oldest go.
-const UNROUTED_MAX: u64 = 10_000;
+pub(super) const UNROUTED_MAX: u64 = if cfg!(test) { 10 } else { 10_000 };
 
 /// Rows that are worth a statement of their own to delete them by range.
 const RANGE_MIN: usize = 4;
@@ -82,10 +83,11 @@ pub(super) struct Core {
     pub(super) open: Window,
     /// The window that is being written, 0 when none is.
     pub(super) flushing: u64,
-    /// Inboxes to wake, and callers to answer, when the flushing window is durable.
+    /// Inboxes to wake when the flushing window is durable.
     pub(super) flushing_wake: Vec<u32>,
-    pub(super) flushing_waiters: Vec<Waiter>,
     pub(super) durable: u64,
+    /// The last window failed: pipelines move nothing on until what is left of it is durable.
+    is_failing: bool,
     pub(super) dedup: Dedup,
     hot_bytes: usize,
     evict_hand: u32,
@@ -103,8 +105,10 @@ pub(super) struct Core {
     pub(super) released_in: u64,
     /// Entries of the open window that a pipeline is about to forward: taken now, they would be written in vain.
     pub(super) in_transit: usize,
-    /// Queues whose readers wait for the open window to be taken.
-    stalled: Vec<u32>,
+    /// Queues whose readers wait for the open window to be taken, or for commits to succeed again.
+    stalled: BTreeSet<u32>,
+    /// Queues whose page could not be read: tried again by the timer.
+    failed_loads: BTreeSet<u32>,
     pub(super) is_closed: bool,
     telemetry: Telemetry,
     after: After,
@@ -121,12 +125,13 @@ impl Core {
             trie: Trie::new(),
             route: 0,
             next_number,
-            next_holder: 1,
+            // Receipts name it: one from before a restart must not fit a lease of now.
+            next_holder: u64::try_from(Timestamp::now().as_millis()).unwrap_or(0) << 16,
             open: Window::new(1),
             flushing: 0,
             flushing_wake: Vec::new(),
-            flushing_waiters: Vec::new(),
             durable: 0,
+            is_failing: false,
             dedup,
             hot_bytes: 0,
             evict_hand: 0,
@@ -137,7 +142,8 @@ impl Core {
             is_releasing: false,
             released_in: 0,
             in_transit: 0,
-            stalled: Vec::new(),
+            stalled: BTreeSet::new(),
+            failed_loads: BTreeSet::new(),
             is_closed: false,
             telemetry,
             after: After::default(),
@@ -191,7 +197,9 @@ impl Core {
         self.by_name.remove(&queue.name);
         self.inboxes.remove(&id);
         self.with_ttl.remove(&id);
-        self.hot_bytes = self.hot_bytes.saturating_sub(queue.hot_bytes);
+        let freed: usize = queue.slots.iter().map(Slot::let_go).sum();
+        self.hot_bytes = self.hot_bytes.saturating_sub(freed);
+        self.failed_loads.remove(&id);
         for (number, lease) in queue.leases {
             self.lease_ends.remove(&(lease.until, id, number));
         }
@@ -227,6 +235,11 @@ impl Core {
         self.next_holder
     }
 
+    /// All that was given a number so far is below this.
+    pub(super) fn next_number(&self) -> u64 {
+        self.next_number
+    }
+
     // ---- entries come and go
 
     /// A new body, accepted in the open window.
@@ -260,15 +273,10 @@ impl Core {
             queue.tail += 1;
         } else {
             let slot = Slot { pos, body, at: now_ms, deliveries: 0, attempts: 0, window, index, leased: None };
-            self.hot_bytes += slot.cost();
+            self.hot_bytes += slot.hold();
             queue.push_back(slot);
         }
-        if queue.is_inbox() {
-            self.enforce_limit(queue_id);
-        }
-        if queue_id == self.unrouted {
-            self.trim_unrouted();
-        }
+        self.enforce_bounds(queue_id);
         self.wake_when_visible(queue_id);
     }
 
@@ -281,11 +289,14 @@ impl Core {
             None => queue.waiters.push((reader, waker.clone())),
         }
         if stalled {
-            self.stalled.push(queue_id);
-        } else if let Some(Slot { body: BodyRef::Hot(_), .. }) = queue.slots.front() {
-            // There is something, and it is not durable yet.
+            self.stalled.insert(queue_id);
+        } else if let Some(Slot { body: BodyRef::Hot(body), .. }) = queue.slots.front()
+            && queue.is_inbox()
+            && body.accepted_in > self.durable
+        {
             self.wake_when_visible(queue_id);
         }
+        // What is visible was left because its reader has no credit: it is woken when it has.
     }
 
     /// Forgets a reader that waits no longer.
@@ -302,9 +313,19 @@ impl Core {
         }
     }
 
-    /// Whether a pipeline must wait because the open window is full: what it forwards may multiply.
+    /// Whether a pipeline must wait, because what it forwards may multiply: the open window is full, or nothing can be
+    /// written at present and what is to be written would pile up.
     fn is_stalled(&self, queue_id: u32) -> bool {
-        self.open.weight() > WINDOW_ROWS_MAX && self.queues.get(&queue_id).is_some_and(|queue| !queue.is_inbox())
+        let is_piling_up = self.is_failing && (self.flushing != 0 || !self.open.is_empty());
+        (is_piling_up || self.open.weight() > WINDOW_ROWS_MAX)
+            && self.queues.get(&queue_id).is_some_and(|queue| !queue.is_inbox())
+    }
+
+    /// Lets those who had to wait look again.
+    fn wake_stalled(&mut self) {
+        for id in std::mem::take(&mut self.stalled) {
+            self.wake_readers(id);
+        }
     }
 
     /// Wakes readers of a queue now, or when what it got is durable.
@@ -372,16 +393,15 @@ impl Core {
         }
         self.drop_row(from, slot);
         let references = i64::try_from(targets.len()).expect("there are far fewer queues");
-        if slot.body.is_shared() {
-            self.open.change_refs(&slot.body, references - 1);
+        let mut body = slot.body.clone();
+        if body.is_shared() {
+            self.open.change_refs(&body, references - 1);
         } else if targets.len() > 1 {
-            if let BodyRef::Hot(body) = &slot.body {
-                body.mark_shared(targets.len());
-            }
-            self.open.change_refs(&slot.body, references);
+            body = body.into_shared();
+            self.open.change_refs(&body, references);
         }
         for target in targets {
-            self.append(*target, slot.body.clone(), now_ms);
+            self.append(*target, body.clone(), now_ms);
         }
     }
 
@@ -392,13 +412,8 @@ impl Core {
         self.after.reports.push(Report::Step(SharedMessage::clone(message), step));
     }
 
-    /// Forwards a delivery that `holder` has. Nothing happens when it has not: then it came back before.
-    pub(super) fn forward(&mut self, from: u32, pos: u64, holder: Holder, target: Target, now_ms: i64) {
-        let Some(slot) = self.take_in_flight(from, pos, holder) else { return };
-        let message = match &slot.body {
-            BodyRef::Hot(body) => body.payload.message().cloned(),
-            BodyRef::Cold { .. } => None,
-        };
+    /// Forwards a slot that was taken from its holder, and holds this message.
+    pub(super) fn forward(&mut self, from: u32, slot: &Slot, message: &SharedMessage, target: Target, now_ms: i64) {
         let mut targets: Vec<u32> = Vec::new();
         match target {
             Target::Publish => targets.push(self.publish),
@@ -406,7 +421,7 @@ impl Core {
             Target::Topic => {
                 self.route += 1;
                 let (route, queues) = (self.route, &mut self.queues);
-                if let Some(topic) = message.as_ref().and_then(|message| message.topic.as_ref()) {
+                if let Some(topic) = &message.topic {
                     self.trie.for_each_match(topic.as_str(), |_, inbox| {
                         // Once, however many of its patterns match.
                         if let Some(queue) = queues.get_mut(&inbox)
@@ -419,27 +434,26 @@ impl Core {
                 }
             }
         }
-        match (message, target) {
-            (Some(message), Target::Publish) => self.report(&message, Step::Forwarded),
-            (Some(message), Target::Topic | Target::Broadcast) => self.report_routing(message, &targets, target),
-            (None, _) => {}
+        match target {
+            Target::Publish => self.report(message, Step::Forwarded),
+            Target::Topic | Target::Broadcast => self.report_routing(message, &targets, target),
         }
         if targets.is_empty() {
             if target == Target::Broadcast {
                 // To everyone, and there is no one.
-                return self.finish(from, &slot);
+                return self.finish(from, slot);
             }
             targets.push(self.unrouted);
         }
-        self.move_to(from, &slot, &targets, now_ms);
+        self.move_to(from, slot, &targets, now_ms);
     }
 
-    fn report_routing(&mut self, message: SharedMessage, inboxes: &[u32], target: Target) {
+    fn report_routing(&mut self, message: &SharedMessage, inboxes: &[u32], target: Target) {
         self.telemetry.metrics.routed.inc_by(inboxes.len() as u64);
-        self.report(&message, Step::Published);
+        self.report(message, Step::Published);
         if inboxes.is_empty() {
             self.telemetry.metrics.unrouted.inc();
-            self.report(&message, Step::Unrouted);
+            self.report(message, Step::Unrouted);
         } else if self.telemetry.traces.is_on() {
             let topic = message.topic.as_ref().filter(|_| target == Target::Topic);
             let named = inboxes.iter().take(ROUTED_KEPT).filter_map(|inbox| {
@@ -452,7 +466,7 @@ impl Core {
                 Some((client.clone(), pattern))
             });
             let named = named.collect();
-            self.after.reports.push(Report::Routed(message, inboxes.len(), named));
+            self.after.reports.push(Report::Routed(SharedMessage::clone(message), inboxes.len(), named));
         }
     }
 
@@ -463,7 +477,7 @@ impl Core {
         {
             match queue.pop_front() {
                 Some(slot) => {
-                    self.hot_bytes = self.hot_bytes.saturating_sub(slot.cost());
+                    self.hot_bytes = self.hot_bytes.saturating_sub(slot.let_go());
                     self.finish(id, &slot);
                 }
                 None => return self.want_load(id),
@@ -493,7 +507,7 @@ impl Core {
                 break;
             }
             let Some(mut slot) = queue.pop_front() else { break };
-            self.hot_bytes = self.hot_bytes.saturating_sub(slot.cost());
+            self.hot_bytes = self.hot_bytes.saturating_sub(slot.let_go());
             slot.deliveries += 1;
             bytes += slot.size();
             taken.push(slot);
@@ -516,6 +530,7 @@ impl Core {
         if entry.holder != holder {
             return None;
         }
+        let was_full = queue.in_flight.len() >= super::pull::LEASED_MAX;
         let slot = queue.in_flight.remove(&pos)?.slot;
         if queue.in_flight.is_empty() && queue.in_flight.capacity() > 64 {
             queue.in_flight.shrink_to(16);
@@ -529,6 +544,9 @@ impl Core {
                 queue.leases.remove(&number);
                 self.lease_ends.remove(&(until, queue_id, number));
             }
+        }
+        if was_full {
+            self.wake_readers(queue_id);
         }
         Some(slot)
     }
@@ -569,7 +587,7 @@ impl Core {
             return;
         };
         // When nothing else of the queue can lie between them, one statement deletes all their rows.
-        let nothing_between = queue.in_flight.is_empty() && queue.counts.delayed == 0;
+        let nothing_between = queue.in_flight.is_empty() && queue.counts.delayed == 0 && last.pos <= queue.loaded_to;
         let all_written = slots.iter().all(|slot| slot.window < self.open.number && !slot.body.is_cancelled());
         if slots.len() < RANGE_MIN || !nothing_between || !all_written {
             slots.iter().for_each(|slot| self.finish(queue_id, slot));
@@ -606,10 +624,10 @@ impl Core {
             }
         } else {
             let (deliveries, attempts) = (slot.deliveries, slot.attempts);
-            self.open.updates.push(Update { queue: queue_id, pos: slot.pos, deliveries, attempts, due: None });
+            self.open.updates.insert((queue_id, slot.pos), Update { deliveries, attempts, due: None });
         }
         let Some(queue) = self.queues.get_mut(&queue_id) else { return };
-        self.hot_bytes += slot.cost();
+        self.hot_bytes += slot.hold();
         queue.insert_in_order(slot);
         self.want_load(queue_id);
         self.wake_when_visible(queue_id);
@@ -626,8 +644,8 @@ impl Core {
                 (insert.due, insert.attempts, insert.deliveries) = (Some(due), attempts, slot.deliveries);
             }
         } else {
-            let (pos, deliveries) = (slot.pos, slot.deliveries);
-            self.open.updates.push(Update { queue: queue_id, pos, deliveries, attempts, due: Some(due) });
+            let deliveries = slot.deliveries;
+            self.open.updates.insert((queue_id, slot.pos), Update { deliveries, attempts, due: Some(due) });
         }
         self.touch(queue_id);
         if let Some(queue) = self.queues.get_mut(&queue_id) {
@@ -644,6 +662,8 @@ impl Core {
         if slot.pos > queue.loaded_to {
             queue.injected.insert(slot.pos);
         }
+        // Its row says that it is ready only when the open window is durable.
+        queue.popped_to = queue.popped_to.max(slot.pos);
         self.touch(queue_id);
         self.return_slot(queue_id, slot);
     }
@@ -707,6 +727,15 @@ impl Core {
 
     // ---- limits
 
+    /// Whatever bound the queue has.
+    fn enforce_bounds(&mut self, queue_id: u32) {
+        if queue_id == self.unrouted {
+            self.trim_unrouted();
+        } else if self.queues.get(&queue_id).is_some_and(QueueState::is_inbox) {
+            self.enforce_limit(queue_id);
+        }
+    }
+
     /// Past `max_inbox_messages` the oldest that nobody holds become dead letters.
     fn enforce_limit(&mut self, inbox: u32) {
         loop {
@@ -715,9 +744,9 @@ impl Core {
                 return;
             }
             let Some(slot) = queue.pop_front() else { return self.want_load(inbox) };
-            self.hot_bytes = self.hot_bytes.saturating_sub(slot.cost());
+            self.hot_bytes = self.hot_bytes.saturating_sub(slot.let_go());
             let attempts = slot.attempts;
-            let now_ms = crate::time::Timestamp::now().as_millis();
+            let now_ms = Timestamp::now().as_millis();
             self.bury(inbox, inbox, &slot, DeadReason::InboxFull, attempts, now_ms);
         }
     }
@@ -733,7 +762,7 @@ impl Core {
                 None => return self.want_load(inbox),
             }
             let Some(slot) = queue.pop_front() else { return };
-            self.hot_bytes = self.hot_bytes.saturating_sub(slot.cost());
+            self.hot_bytes = self.hot_bytes.saturating_sub(slot.let_go());
             let attempts = slot.attempts;
             self.bury(inbox, inbox, &slot, DeadReason::Expired, attempts, now_ms);
         }
@@ -744,9 +773,9 @@ impl Core {
     /// Asks for what is missing at the front of a queue, unless it is being read already.
     pub(super) fn want_load(&mut self, queue_id: u32) {
         /// Slots below which a queue that is being read wants a page.
-        const LOW: usize = 2048;
+        const LOW: usize = SLOTS_MAX / 2;
         /// Bodies read back for one load at most.
-        const BODIES: usize = 512;
+        const BODIES: usize = SLOTS_MAX / 8;
         let Some(queue) = self.queues.get_mut(&queue_id) else { return };
         if queue.tail == 0 && queue.slots.is_empty() {
             return;
@@ -772,56 +801,85 @@ impl Core {
         self.after.loads.push(Load { queue: queue_id, bodies, page_after });
     }
 
-    /// Puts what was read into its queue. `page` is in order; `None` bodies are gone from disk.
+    /// Puts what was read into its queue. `page` is in order; bodies that are missing are gone from disk.
     pub(super) fn loaded(&mut self, load: &Load, bodies: Vec<Arc<Body>>, page: Vec<Slot>) {
         let Some(queue) = self.queues.get_mut(&load.queue) else { return };
         queue.is_loading = false;
         let found = !bodies.is_empty() || !page.is_empty();
+        let missing: Vec<u64> =
+            load.bodies.iter().filter(|id| bodies.iter().all(|body| body.id != **id)).copied().collect();
         let mut by_id: HashMap<u64, Arc<Body>> = bodies.into_iter().map(|body| (body.id, body)).collect();
         if !by_id.is_empty() {
             for slot in queue.slots.iter_mut().take(load.bodies.len() * 2 + 64) {
-                if let BodyRef::Cold { id, .. } = slot.body
+                if let BodyRef::Cold { id, shared } = slot.body
                     && let Some(body) = by_id.remove(&id)
                 {
-                    let before = slot.cost();
+                    if shared {
+                        // The disk may not know yet.
+                        body.mark_shared();
+                    }
+                    self.hot_bytes = self.hot_bytes.saturating_sub(slot.let_go());
+                    queue.hot_bytes = queue.hot_bytes.saturating_sub(slot.cost());
                     slot.body = BodyRef::Hot(body);
-                    let grown = slot.cost() - before;
-                    queue.hot_bytes += grown;
-                    self.hot_bytes += grown;
+                    self.hot_bytes += slot.hold();
+                    queue.hot_bytes += slot.cost();
                 }
             }
         }
         for slot in page {
-            queue.tail = queue.tail.saturating_sub(1);
-            queue.loaded_to = queue.loaded_to.max(slot.pos);
-            if queue.injected.remove(&slot.pos) {
-                // It is here already: its delay was over before its page was read. It was never part of the tail.
-                queue.tail += 1;
+            if slot.pos <= queue.loaded_to {
+                // Accounted for by now.
                 continue;
             }
-            self.hot_bytes += slot.cost();
-            queue.push_back(slot);
+            queue.loaded_to = slot.pos;
+            if queue.injected.remove(&slot.pos) {
+                // It is here already: its delay was over before its page was read. It was never part of the tail.
+                continue;
+            }
+            queue.tail = queue.tail.saturating_sub(1);
+            self.hot_bytes += slot.hold();
+            // Where it belongs: what came back from a delay may lie behind it.
+            queue.insert_in_order(slot);
         }
         let loaded_to = queue.loaded_to;
         queue.injected.retain(|pos| *pos > loaded_to);
         let (id, again) = (load.queue, queue.load_again);
+        self.drop_without_body(id, &missing);
         if found {
             self.wake_readers(id);
+            self.enforce_bounds(id);
         } else if again {
             // What was not committed when the page was read may be by now.
             self.want_load(id);
         }
-        if self.queues.get(&id).is_some_and(QueueState::is_inbox) {
-            self.enforce_limit(id);
-        } else if id == self.unrouted {
-            self.trim_unrouted();
+    }
+
+    /// Entries whose bodies the disk has lost cannot be delivered, and must not block those behind them.
+    fn drop_without_body(&mut self, queue_id: u32, missing: &[u64]) {
+        for body in missing {
+            let Some(queue) = self.queues.get_mut(&queue_id) else { return };
+            let is_it = |slot: &Slot| matches!(slot.body, BodyRef::Cold { id, .. } if id == *body);
+            let Some(slot) = queue.slots.iter().position(is_it).and_then(|at| queue.slots.remove(at)) else { continue };
+            log::error!("{}: body {body} of entry {} is missing; the entry is dropped", queue.name, slot.pos);
+            queue.hot_bytes = queue.hot_bytes.saturating_sub(slot.cost());
+            self.hot_bytes = self.hot_bytes.saturating_sub(slot.let_go());
+            self.finish(queue_id, &slot);
+            self.wake_readers(queue_id);
         }
     }
 
-    /// A read failed, or found nothing yet: the next reader asks again.
+    /// A read failed: the timer asks again.
     pub(super) fn load_failed(&mut self, queue_id: u32) {
         if let Some(queue) = self.queues.get_mut(&queue_id) {
             queue.is_loading = false;
+            self.failed_loads.insert(queue_id);
+        }
+    }
+
+    /// Asks again for pages that could not be read.
+    pub(super) fn retry_loads(&mut self) {
+        for id in std::mem::take(&mut self.failed_loads) {
+            self.want_load(id);
         }
     }
 
@@ -834,11 +892,13 @@ impl Core {
         ids.sort_unstable();
         let start = ids.partition_point(|id| *id <= self.evict_hand);
         ids.rotate_left(start);
+        // Those that nobody waits for come first; a reader that waits has no credit, or will find it on disk.
+        ids.sort_by_key(|id| self.queues.get(id).is_some_and(|queue| !queue.waiters.is_empty()));
         for id in ids {
             if self.hot_bytes <= HOT_BYTES_TOTAL * 3 / 4 {
                 return;
             }
-            if let Some(queue) = self.queues.get_mut(&id).filter(|queue| queue.waiters.is_empty()) {
+            if let Some(queue) = self.queues.get_mut(&id) {
                 self.hot_bytes = self.hot_bytes.saturating_sub(queue.evict(self.durable));
                 self.evict_hand = id;
             }
@@ -864,30 +924,33 @@ impl Core {
         let next = Window::new(self.open.number + 1);
         let mut window = std::mem::replace(&mut self.open, next);
         window.seal();
-        for id in std::mem::take(&mut window.touched) {
-            let Some(queue) = self.queues.get_mut(&id) else { continue };
+        for id in &window.touched {
+            let Some(queue) = self.queues.get_mut(id) else { continue };
             queue.is_touched = false;
             if queue.counts != queue.counts_stored {
                 queue.counts_stored = queue.counts;
-                window.counts.push((id, queue.counts));
+                window.counts.push((*id, queue.counts));
             }
         }
         window.next_number = self.next_number;
         self.in_transit = 0;
-        for id in std::mem::take(&mut self.stalled) {
-            self.wake_readers(id);
-        }
+        self.wake_stalled();
         self.flushing = window.number;
         self.flushing_wake = std::mem::take(&mut window.wake);
         Some(window)
     }
 
-    /// The flushing window is durable. Returns who waits for it, besides the window's own waiters.
-    pub(super) fn window_durable(&mut self, window: &Window) -> Vec<Waiter> {
+    /// The flushing window is durable.
+    pub(super) fn window_durable(&mut self, window: &Window) {
         self.durable = window.number;
         self.flushing = 0;
+        self.is_failing = false;
         if self.released_in == window.number {
             (self.released_in, self.is_releasing) = (0, false);
+        }
+        if !self.is_releasing {
+            // The next reading finds them on disk; one that is under way may have begun before.
+            self.recent_dues.retain(|std::cmp::Reverse((_, noted_in))| *noted_in > window.number);
         }
         for own in &window.own_ids {
             self.dedup.claims.remove(&own.hash);
@@ -895,19 +958,22 @@ impl Core {
         for id in std::mem::take(&mut self.flushing_wake) {
             self.wake_readers(id);
         }
-        for (id, _) in &window.counts {
+        self.wake_stalled();
+        for id in &window.touched {
             // What was not found on disk before may be there now.
-            if self.queues.get(id).is_some_and(|queue| queue.tail > 0 && !queue.waiters.is_empty()) {
+            let Some(queue) = self.queues.get(id).filter(|queue| queue.tail > 0) else { continue };
+            if !queue.waiters.is_empty() {
                 self.want_load(*id);
             }
+            self.enforce_bounds(*id);
         }
         self.evict();
-        std::mem::take(&mut self.flushing_waiters)
     }
 
     /// The flushing window failed for good: what was accepted in it is void, the rest goes into the open window.
     pub(super) fn window_failed(&mut self, mut window: Window) -> Vec<Waiter> {
         self.flushing = 0;
+        self.is_failing = true;
         for own in &window.own_ids {
             self.dedup.claims.remove(&own.hash);
         }
@@ -925,16 +991,20 @@ impl Core {
                 body.mark_cancelled();
             }
         }
-        let void: Vec<(u32, u64)> = window
+        let void: Vec<(u32, u64, bool)> = window
             .inserts
             .iter()
             .chain(&self.open.inserts)
             .flatten()
             .filter(|insert| insert.body.is_cancelled())
-            .map(|insert| (insert.queue, insert.pos))
+            .map(|insert| {
+                let update = self.open.updates.get(&(insert.queue, insert.pos));
+                let is_delayed = insert.due.is_some() || update.is_some_and(|update| update.due.is_some());
+                (insert.queue, insert.pos, is_delayed)
+            })
             .collect();
-        for (id, pos) in void {
-            self.remove_void(id, pos);
+        for (id, pos, is_delayed) in void {
+            self.remove_void(id, pos, is_delayed);
         }
         let void_dead: Vec<u32> = window
             .dead_inserts
@@ -954,29 +1024,44 @@ impl Core {
             if let Some(queue) = self.queues.get_mut(&id) {
                 queue.counts_stored = super::queue::Counts { depth: u64::MAX, ..queue.counts };
             }
+        }
+        for id in std::mem::take(&mut window.touched) {
             self.touch(id);
         }
-        let mut waiters = std::mem::take(&mut window.waiters);
-        waiters.append(&mut self.flushing_waiters);
+        let waiters = std::mem::take(&mut window.waiters);
         self.open.wake.append(&mut self.flushing_wake);
+        self.open.wake.sort_unstable();
+        self.open.wake.dedup();
         if self.released_in == window.number {
             self.released_in = self.open.number;
         }
+        // Delays that were noted in it are written with the open window.
+        let (failed, open) = (window.number, self.open.number);
+        let moved = |std::cmp::Reverse((due, noted_in))| {
+            std::cmp::Reverse((due, if noted_in == failed { open } else { noted_in }))
+        };
+        self.recent_dues = std::mem::take(&mut self.recent_dues).into_iter().map(moved).collect();
         // Nothing that is left was accepted in it.
         self.durable = window.number;
         self.open.take_over(window);
+        self.wake_stalled();
         waiters
     }
 
     /// Removes an entry of a message that was never accepted, wherever it is by now.
-    fn remove_void(&mut self, queue_id: u32, pos: u64) {
+    fn remove_void(&mut self, queue_id: u32, pos: u64, is_delayed: bool) {
         self.touch(queue_id);
         let Some(queue) = self.queues.get_mut(&queue_id) else { return };
+        if is_delayed {
+            queue.counts.delayed = queue.counts.delayed.saturating_sub(1);
+            queue.counts.depth = queue.counts.depth.saturating_sub(1);
+            return;
+        }
         let at = queue.slots.partition_point(|slot| slot.pos < pos);
         if queue.slots.get(at).is_some_and(|slot| slot.pos == pos) {
             if let Some(slot) = queue.slots.remove(at) {
                 queue.hot_bytes = queue.hot_bytes.saturating_sub(slot.cost());
-                self.hot_bytes = self.hot_bytes.saturating_sub(slot.cost());
+                self.hot_bytes = self.hot_bytes.saturating_sub(slot.let_go());
             }
         } else if queue.in_flight.remove(&pos).is_none() {
             if pos <= queue.loaded_to {
@@ -1009,5 +1094,38 @@ impl Core {
         for queue in self.queues.values_mut() {
             self.after.wakers.extend(queue.waiters.drain(..).map(|(_, waker)| waker));
         }
+    }
+}
+
+#[cfg(test)]
+impl Core {
+    /// What must hold whenever the lock is free.
+    pub(super) fn check(&self) {
+        let mut bodies = std::collections::HashMap::new();
+        let mut slots = 0;
+        for (id, queue) in &self.queues {
+            let name = &queue.name;
+            assert!(queue.slots.iter().is_sorted_by(|a, b| a.pos < b.pos), "{name}: slots out of order");
+            let in_memory = queue.slots.len() + queue.in_flight.len();
+            let counts = queue.counts;
+            assert_eq!(counts.depth, in_memory as u64 + queue.tail + counts.delayed, "{name}: depth, {queue:?}");
+            assert_eq!(queue.hot_bytes, queue.slots.iter().map(Slot::cost).sum::<usize>(), "{name}: bytes");
+            for slot in &queue.slots {
+                assert!(slot.pos <= queue.loaded_to || queue.injected.contains(&slot.pos), "{name}: {}", slot.pos);
+                assert!(!slot.body.is_cancelled(), "{name}: {} was refused", slot.pos);
+                if let BodyRef::Hot(body) = &slot.body {
+                    bodies.insert(Arc::as_ptr(body), slot.size());
+                }
+                slots += 1;
+            }
+            for (number, lease) in &queue.leases {
+                assert!(self.lease_ends.contains(&(lease.until, *id, *number)), "{name}: a lease without an end");
+                let held = queue.in_flight.values().filter(|entry| entry.holder == Holder::Lease(*number)).count();
+                assert_eq!(held, lease.unsettled, "{name}: lease {number}");
+            }
+        }
+        let ends: usize = self.queues.values().map(|queue| queue.leases.len()).sum();
+        assert_eq!(ends, self.lease_ends.len(), "ends of leases that are gone");
+        assert_eq!(self.hot_bytes, slots * super::queue::SLOT_BYTES + bodies.values().sum::<usize>(), "bytes in all");
     }
 }

@@ -18,8 +18,9 @@ pub(super) type IdHash = [u8; 16];
 /// Ids in one generation at most.
 const GENERATION_IDS_MAX: u32 = 1 << 20;
 
-/// A generation takes ids for this part of the window.
+/// A generation takes ids for this part of the window, and for this long at least, in milliseconds: each has a filter.
 const GENERATIONS_PER_WINDOW: u32 = 4;
+const GENERATION_MS_MIN: i64 = 50;
 
 /// Bits of a filter: ten for each id, which with four probes lets about 1 % of fresh ids through to a look-up.
 const FILTER_BITS: u64 = GENERATION_IDS_MAX as u64 * 10;
@@ -76,8 +77,8 @@ struct Generation {
 pub(super) enum Claim {
     /// Someone is looking it up on disk.
     Checking,
-    /// Accepted in this window, which is not durable yet.
-    Accepted(u64),
+    /// Accepted in a window that is not durable yet.
+    Accepted,
 }
 
 /// See the module. Lives under the broker's lock.
@@ -85,6 +86,8 @@ pub(super) enum Claim {
 pub(super) struct Dedup {
     window_ms: i64,
     generations: VecDeque<Generation>,
+    /// Never used before, not even by a generation whose ids are still being deleted.
+    next_generation: u32,
     pub(super) claims: HashMap<IdHash, Claim>,
 }
 
@@ -95,7 +98,12 @@ impl Dedup {
             .map(|&(id, started_at)| Generation { id, started_at, ids: GENERATION_IDS_MAX, filter: None })
             .collect();
         let window_ms = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
-        Self { window_ms, generations, claims: HashMap::new() }
+        let next_generation = stored.iter().map(|&(id, _)| id + 1).max().unwrap_or(1);
+        Self { window_ms, generations, next_generation, claims: HashMap::new() }
+    }
+
+    fn span_ms(&self) -> i64 {
+        (self.window_ms / i64::from(GENERATIONS_PER_WINDOW)).max(GENERATION_MS_MIN)
     }
 
     /// The earliest acceptance that still counts.
@@ -111,12 +119,13 @@ impl Dedup {
 
     /// Remembers an accepted id. Returns the generation that it belongs to, and the new generation's start when it is
     /// the first of one.
-    pub(super) fn remember(&mut self, hash: IdHash, window: u64, now_ms: i64) -> (u32, Option<i64>) {
-        let span_ms = self.window_ms / i64::from(GENERATIONS_PER_WINDOW);
+    pub(super) fn remember(&mut self, hash: IdHash, now_ms: i64) -> (u32, Option<i64>) {
+        let span_ms = self.span_ms();
         let is_fresh = |g: &Generation| g.ids < GENERATION_IDS_MAX && now_ms < g.started_at.saturating_add(span_ms);
         let mut started = None;
         if !self.generations.back().is_some_and(is_fresh) {
-            let id = self.generations.back().map_or(1, |newest| newest.id + 1);
+            let id = self.next_generation;
+            self.next_generation += 1;
             let filter = Some(Filter::new());
             self.generations.push_back(Generation { id, started_at: now_ms, ids: 0, filter });
             started = Some(now_ms);
@@ -126,14 +135,14 @@ impl Dedup {
         if let Some(filter) = &mut newest.filter {
             filter.insert(&hash);
         }
-        self.claims.insert(hash, Claim::Accepted(window));
+        self.claims.insert(hash, Claim::Accepted);
         (newest.id, started)
     }
 
     /// Forgets the oldest generation when all its ids are too old to count; returns it, to be deleted.
     pub(super) fn expire(&mut self, now_ms: i64) -> Option<u32> {
         let horizon = self.horizon(now_ms);
-        let span_ms = self.window_ms / i64::from(GENERATIONS_PER_WINDOW);
+        let span_ms = self.span_ms();
         let oldest = self.generations.front()?;
         // Ids come into a generation until the next one starts, at the latest a span after its own start.
         let ended_at =
@@ -181,7 +190,7 @@ mod tests {
     fn fresh_ids_are_rarely_looked_up_and_known_ones_always() {
         let mut dedup = Dedup::new(Duration::from_secs(600), &[]);
         for n in 0..100_000 {
-            dedup.remember(hash(n), 1, 0);
+            dedup.remember(hash(n), 0);
         }
         assert!((0..100_000).all(|n| dedup.candidates(&hash(n)) == [1]));
         let looked_up = (100_000..200_000).filter(|n| !dedup.candidates(&hash(*n)).is_empty()).count();
@@ -192,14 +201,21 @@ mod tests {
     fn generations_end_and_expire() {
         let mut dedup = Dedup::new(Duration::from_millis(400), &[(7, 0)]);
         assert_eq!(dedup.candidates(&hash(1)), [7], "one from before the restart is always asked");
-        assert_eq!(dedup.remember(hash(1), 1, 50), (8, Some(50)));
-        assert_eq!(dedup.remember(hash(2), 1, 149), (8, None));
-        assert_eq!(dedup.remember(hash(3), 1, 150), (9, Some(150)));
+        assert_eq!(dedup.remember(hash(1), 50), (8, Some(50)));
+        assert_eq!(dedup.remember(hash(2), 149), (8, None));
+        assert_eq!(dedup.remember(hash(3), 150), (9, Some(150)));
         assert_eq!(dedup.expire(450), None, "an id of 50 ms counts until 450 ms");
         assert_eq!(dedup.expire(451), Some(7));
         assert_eq!(dedup.expire(550), None);
         assert_eq!(dedup.expire(551), Some(8));
         assert_eq!(dedup.expire(551), None);
         assert_eq!(dedup.expire(10_000), Some(9));
+        assert_eq!(dedup.remember(hash(4), 10_000), (10, Some(10_000)), "the ids of 9 may still be being deleted");
+    }
+
+    #[test]
+    fn without_a_window_few_filters_are_made() {
+        let mut dedup = Dedup::new(Duration::ZERO, &[]);
+        assert_eq!((0..1000).filter(|n| dedup.remember(hash(*n), 0).1.is_some()).count(), 1);
     }
 }

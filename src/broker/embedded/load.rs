@@ -9,10 +9,10 @@ use super::queue::{Body, BodyRef, Slot};
 use super::{Shared, schema};
 
 /// Entries in one page at most.
-const PAGE_ENTRIES: usize = 2048;
+const PAGE_ENTRIES: usize = if cfg!(test) { 6 } else { 2048 };
 
 /// Bytes of messages in one page, about.
-const PAGE_BYTES: usize = 2 << 20;
+const PAGE_BYTES: usize = if cfg!(test) { 8 << 10 } else { 2 << 20 };
 
 /// What was read.
 type Loaded = (Vec<Arc<Body>>, Vec<Slot>);

@@ -21,6 +21,9 @@
 //! - The core's lock is never held across I/O or an await; wakers are called after it is released.
 //! - A commit that fails voids what was accepted in it (nobody was told otherwise) and keeps the rest for the next.
 //! - Memory: [`core::HOT_BYTES_TOTAL`] of messages, a window of bounded size, and a few words for each queue.
+//!
+//! Unit tests run with far smaller bounds (`cfg!(test)`), so that a few messages reach paging, eviction and the steps;
+//! the suites in `tests/` run with the real ones.
 
 mod chores;
 mod commit;
@@ -29,6 +32,8 @@ mod core;
 mod dead;
 mod dedup;
 mod load;
+#[cfg(test)]
+mod model_tests;
 mod publish;
 mod pull;
 mod queue;
@@ -153,6 +158,10 @@ struct Embedded {
 /// # Errors
 /// When the file cannot be read, or is of a newer version.
 pub async fn open(db: Db, options: Options, telemetry: Telemetry) -> Result<Arc<dyn Broker>, BrokerError> {
+    Ok(Arc::new(Embedded { shared: start(db, options, telemetry).await? }))
+}
+
+async fn start(db: Db, options: Options, telemetry: Telemetry) -> Result<Arc<Shared>, BrokerError> {
     let action = "open the embedded broker";
     let fail = |error: crate::db::DbError| broker_error(action, &error);
     let version = db.write(schema::create).await.map_err(fail)?;
@@ -170,8 +179,12 @@ pub async fn open(db: Db, options: Options, telemetry: Telemetry) -> Result<Arc<
                 if name == Queue::Publish {
                     core.publish = queue.id;
                 }
+                let is_inbox = matches!(name, Queue::Inbox(_));
                 core.add_queue(queue.id, QueueState::new(name, queue.counts));
-                core.set_limits(queue.id, queue.max_messages, queue.ttl_ms);
+                // Earlier files have the limits in the rows of outbox and notify queue, too.
+                if is_inbox {
+                    core.set_limits(queue.id, queue.max_messages, queue.ttl_ms);
+                }
             }
             StoredName::Unrouted => {
                 core.unrouted = queue.id;
@@ -203,7 +216,7 @@ pub async fn open(db: Db, options: Options, telemetry: Telemetry) -> Result<Arc<
     });
     shared.db.set_standing_job(Arc::new(commit::Committer(Arc::downgrade(&shared))));
     timer::start(&shared).map_err(|error| BrokerError::new(BrokerErrorKind::Internal, action).caused_by(error))?;
-    Ok(Arc::new(Embedded { shared }))
+    Ok(shared)
 }
 
 #[async_trait]
@@ -225,7 +238,11 @@ impl Broker for Embedded {
             let mut insert = connection.prepare_cached(schema::DECLARE)?;
             rows.iter()
                 .map(|name| {
-                    let row = params![owner.as_str(), schema::kind_of(name), max_messages, ttl_ms];
+                    let limits = match name {
+                        Queue::Inbox(_) => (max_messages, ttl_ms),
+                        _ => (None, None),
+                    };
+                    let row = params![owner.as_str(), schema::kind_of(name), limits.0, limits.1];
                     insert.query_row(row, |row| row.get(0))
                 })
                 .collect()
@@ -256,16 +273,32 @@ impl Broker for Embedded {
         patterns.dedup();
         let rows = patterns.clone();
         let write = move |connection: &Connection| {
+            // The client may have been deleted since; its queue must not get bindings that nobody deletes.
+            let is_there = connection
+                .prepare_cached("SELECT 1 FROM queue WHERE id = ?1 AND client IS NOT NULL")?
+                .exists([inbox])?;
+            if !is_there {
+                return Ok(false);
+            }
             connection.prepare_cached("DELETE FROM binding WHERE queue = ?1")?.execute([inbox])?;
             let mut insert = connection.prepare_cached("INSERT INTO binding (queue, pattern) VALUES (?1, ?2)")?;
             for pattern in &rows {
                 insert.execute(params![inbox, pattern.as_str()])?;
             }
-            Ok(())
+            Ok(true)
         };
         let shared = Arc::clone(&self.shared);
-        let then = move |()| shared.with_core(|core| core.bind(inbox, patterns));
-        self.shared.db.write_then(write, then).await.map_err(|error| broker_error(&action, &error))
+        let then = move |is_there| {
+            if is_there {
+                shared.with_core(|core| core.bind(inbox, patterns));
+            }
+            is_there
+        };
+        let done = self.shared.db.write_then(write, then).await;
+        match done.map_err(|error| broker_error(&action, &error))? {
+            true => Ok(()),
+            false => Err(BrokerError::new(BrokerErrorKind::NotFound, &action)),
+        }
     }
 
     async fn delete_client(&self, client: &ClientId) -> Result<(), BrokerError> {

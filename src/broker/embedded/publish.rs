@@ -33,24 +33,19 @@ pub(super) async fn publish(
             return Err(refuse(BrokerErrorKind::Closed));
         }
         let id = core.by_name.get(queue).copied().ok_or_else(|| refuse(BrokerErrorKind::NotFound))?;
-        let duplicates = append_all(core, id, messages, &mut claims, now_ms);
+        let duplicates = append_all(core, id, messages, &mut claims, Timestamp::now().as_millis());
         core.open.permits.push(pending);
-        Ok((wait_for_all(core, &mut claims), duplicates))
+        Ok((core.wait_for_open(), duplicates))
     })?;
     let count = duplicates.len() as u64;
     let duplicate_count = duplicates.iter().filter(|duplicate| **duplicate).count() as u64;
-    for window in durable {
-        shared.committed(window, "append to a queue").await?;
-    }
+    shared.committed(durable, "append to a queue").await?;
     shared.telemetry.metrics.accepted.inc_by(count);
     shared.telemetry.metrics.duplicates.inc_by(duplicate_count);
     Ok(Published { duplicates })
 }
 
-type Durable = tokio::sync::oneshot::Receiver<Result<(), BrokerError>>;
-
 fn append_all(core: &mut Core, queue: u32, messages: Vec<Message>, claims: &mut Claims<'_>, now_ms: i64) -> Vec<bool> {
-    let window = core.open.number;
     let mut duplicates = Vec::with_capacity(messages.len());
     for message in messages {
         if message.own_id {
@@ -61,7 +56,7 @@ fn append_all(core: &mut Core, queue: u32, messages: Vec<Message>, claims: &mut 
             }
             // The same id again in this very batch is a duplicate of this one.
             claims.fresh.remove(&hash);
-            let (generation, started_at) = core.dedup.remember(hash, window, now_ms);
+            let (generation, started_at) = core.dedup.remember(hash, now_ms);
             core.open.own_ids.push(OwnId { generation, hash, at: now_ms });
             core.open.generations.extend(started_at.map(|at| (generation, at)));
         }
@@ -74,26 +69,12 @@ fn append_all(core: &mut Core, queue: u32, messages: Vec<Message>, claims: &mut 
     duplicates
 }
 
-/// Waiters for the open window and, for duplicates of what is still being written, for the one before.
-fn wait_for_all(core: &mut Core, claims: &mut Claims<'_>) -> Vec<Durable> {
-    let mut durable = Vec::with_capacity(1);
-    if claims.wait_for_flushing && core.flushing != 0 {
-        let (sender, receiver) = tokio::sync::oneshot::channel();
-        core.flushing_waiters.push(sender);
-        durable.push(receiver);
-    }
-    durable.push(core.wait_for_open());
-    durable
-}
-
 /// The own ids of one batch, on their way through the check. Dropped before they are accepted, they are free again.
 struct Claims<'a> {
     shared: &'a Shared,
     hashes: Vec<IdHash>,
     /// Claimed by this batch, and not seen before.
     fresh: HashMap<IdHash, ()>,
-    /// A duplicate of something in the window that is being written: its fate is this batch's.
-    wait_for_flushing: bool,
 }
 
 impl<'a> Claims<'a> {
@@ -101,7 +82,7 @@ impl<'a> Claims<'a> {
         let mut hashes: Vec<IdHash> = messages.iter().filter(|message| message.own_id).map(hash_of).collect();
         hashes.sort_unstable();
         hashes.dedup();
-        Self { shared, hashes, fresh: HashMap::new(), wait_for_flushing: false }
+        Self { shared, hashes, fresh: HashMap::new() }
     }
 
     fn is_fresh(&self, hash: &IdHash) -> bool {
@@ -146,24 +127,20 @@ impl<'a> Claims<'a> {
         Ok(())
     }
 
-    /// Claims all ids at once, or none when someone else is looking one of them up. Returns which must be looked up.
+    /// Claims all ids at once, or none when one of them is on its way: whether it is a duplicate of something that was
+    /// taken, or of something that was refused, is known only then. Returns which must be looked up.
     fn claim(&mut self) -> Option<Vec<(IdHash, Vec<u32>)>> {
         let mut core = self.shared.core.lock();
-        if self.hashes.iter().any(|hash| core.dedup.claims.get(hash) == Some(&Claim::Checking)) {
+        if self.hashes.iter().any(|hash| core.dedup.claims.contains_key(hash)) {
             return None;
         }
         let mut look_ups = Vec::new();
         for hash in &self.hashes {
-            match core.dedup.claims.get(hash) {
-                Some(Claim::Accepted(window)) => self.wait_for_flushing |= *window < core.open.number,
-                Some(Claim::Checking) | None => {
-                    let candidates = core.dedup.candidates(hash);
-                    core.dedup.claims.insert(*hash, Claim::Checking);
-                    self.fresh.insert(*hash, ());
-                    if !candidates.is_empty() {
-                        look_ups.push((*hash, candidates));
-                    }
-                }
+            let candidates = core.dedup.candidates(hash);
+            core.dedup.claims.insert(*hash, Claim::Checking);
+            self.fresh.insert(*hash, ());
+            if !candidates.is_empty() {
+                look_ups.push((*hash, candidates));
             }
         }
         Some(look_ups)

@@ -15,13 +15,13 @@ use crate::broker::{Payload, Queue};
 use crate::envelope::SharedMessage;
 
 /// Slots that a queue keeps in memory at most; what comes after goes to disk only.
-pub(super) const SLOTS_MAX: usize = 4096;
+pub(super) const SLOTS_MAX: usize = if cfg!(test) { 16 } else { 4096 };
 
 /// Bytes of messages that a queue keeps in memory at most.
-pub(super) const HOT_BYTES_MAX: usize = 4 << 20;
+pub(super) const HOT_BYTES_MAX: usize = if cfg!(test) { 16 << 10 } else { 4 << 20 };
 
 /// What one slot costs besides its message, in bytes, about.
-const SLOT_BYTES: usize = 64;
+pub(super) const SLOT_BYTES: usize = 64;
 
 /// A message body: stored once, however many queues it lies in.
 #[derive(Debug)]
@@ -32,8 +32,8 @@ pub(super) struct Body {
     /// The window in which it was accepted: nobody outside may see it before that window is durable. 0 when it came
     /// from disk.
     pub(super) accepted_in: u64,
-    /// How many inboxes it was routed to: splits its cost among them.
-    fan_out: AtomicU32,
+    /// Slots of queues that hold it in memory: it is counted once, as long as there is one.
+    holders: AtomicU32,
     /// Changed under the broker's lock only; atomics because the commit thread reads them.
     flags: AtomicU32,
 }
@@ -44,13 +44,13 @@ const CANCELLED: u32 = 4;
 
 impl Body {
     pub(super) fn new(id: u64, payload: Payload, accepted_in: u64) -> Self {
-        Self { id, payload, accepted_in, fan_out: AtomicU32::new(1), flags: AtomicU32::new(0) }
+        Self { id, payload, accepted_in, holders: AtomicU32::new(0), flags: AtomicU32::new(0) }
     }
 
     /// A body that was read back.
     pub(super) fn loaded(id: u64, payload: Payload, shared: bool) -> Self {
         let flags = if shared { STORED | SHARED } else { STORED };
-        Self { id, payload, accepted_in: 0, fan_out: AtomicU32::new(1), flags: AtomicU32::new(flags) }
+        Self { id, payload, accepted_in: 0, holders: AtomicU32::new(0), flags: AtomicU32::new(flags) }
     }
 
     fn has(&self, flag: u32) -> bool {
@@ -77,8 +77,7 @@ impl Body {
         self.flags.fetch_or(STORED, Ordering::Relaxed) & STORED == 0
     }
 
-    pub(super) fn mark_shared(&self, fan_out: usize) {
-        self.fan_out.store(u32::try_from(fan_out).unwrap_or(u32::MAX).max(1), Ordering::Relaxed);
+    pub(super) fn mark_shared(&self) {
         self.flags.fetch_or(SHARED, Ordering::Relaxed);
     }
 
@@ -93,8 +92,14 @@ impl Body {
         }
     }
 
-    fn cost(&self) -> usize {
-        self.size() / self.fan_out.load(Ordering::Relaxed) as usize
+    /// One slot more holds it; returns the bytes that are in memory only now.
+    fn hold(&self) -> usize {
+        if self.holders.fetch_add(1, Ordering::Relaxed) == 0 { self.size() } else { 0 }
+    }
+
+    /// One slot less holds it; returns the bytes that nobody holds any more.
+    fn let_go(&self) -> usize {
+        if self.holders.fetch_sub(1, Ordering::Relaxed) == 1 { self.size() } else { 0 }
     }
 }
 
@@ -131,6 +136,17 @@ impl BodyRef {
         matches!(self, Self::Hot(body) if body.is_cancelled())
     }
 
+    /// The same for an entry that is one of several with this body.
+    pub(super) fn into_shared(self) -> Self {
+        match self {
+            Self::Hot(body) => {
+                body.mark_shared();
+                Self::Hot(body)
+            }
+            Self::Cold { id, .. } => Self::Cold { id, shared: true },
+        }
+    }
+
     /// The same, without holding the body in memory, if it can be read back.
     pub(super) fn cooled(self) -> Self {
         match self {
@@ -158,10 +174,27 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    /// What it adds to the memory of its queue, in bytes: all of its message, which may be the only one that needs it.
     pub(super) fn cost(&self) -> usize {
+        SLOT_BYTES + self.size()
+    }
+
+    /// A queue holds it from now on; returns what that adds to the memory of all queues together, in bytes.
+    #[must_use]
+    pub(super) fn hold(&self) -> usize {
         SLOT_BYTES
             + match &self.body {
-                BodyRef::Hot(body) => body.cost(),
+                BodyRef::Hot(body) => body.hold(),
+                BodyRef::Cold { .. } => 0,
+            }
+    }
+
+    /// Its queue holds it no longer; returns what that frees, in bytes.
+    #[must_use]
+    pub(super) fn let_go(&self) -> usize {
+        SLOT_BYTES
+            + match &self.body {
+                BodyRef::Hot(body) => body.let_go(),
                 BodyRef::Cold { .. } => 0,
             }
     }
@@ -246,9 +279,10 @@ pub(super) struct QueueState {
     /// Entries behind `loaded_to`, on disk only.
     pub(super) tail: u64,
     pub(super) loaded_to: u64,
-    /// Highest position ever handed out.
+    /// Highest position ever taken from the front, or back from a delay: what lies at or before it may be on disk
+    /// otherwise than here, and is not left to the disk again.
     pub(super) popped_to: u64,
-    /// Entries at or before here came back from a delay before the page that they lie in was loaded.
+    /// Entries behind `loaded_to` that came back from a delay before the page that they lie in was loaded.
     pub(super) injected: BTreeSet<u64>,
     pub(super) in_flight: ByPosition<InFlight>,
     pub(super) leases: BTreeMap<u64, Lease>,
@@ -276,7 +310,7 @@ impl QueueState {
             counts_stored: counts,
             is_touched: false,
             slots: VecDeque::new(),
-            tail: counts.depth - counts.delayed,
+            tail: counts.depth.saturating_sub(counts.delayed),
             loaded_to: 0,
             popped_to: 0,
             injected: BTreeSet::new(),
@@ -311,9 +345,12 @@ impl QueueState {
         self.slots.insert(at, slot);
     }
 
+    /// Appends a new slot, of the highest position so far, to a queue that has no tail.
     pub(super) fn push_back(&mut self, slot: Slot) {
         self.hot_bytes += slot.cost();
-        self.loaded_to = self.loaded_to.max(slot.pos);
+        self.loaded_to = slot.pos;
+        // All that came back from a delay lies before it.
+        self.injected.clear();
         self.slots.push_back(slot);
     }
 
@@ -328,12 +365,13 @@ impl QueueState {
         Some(slot)
     }
 
-    /// Drops slots that were never handed out from memory; they stay on disk. Returns the bytes freed.
+    /// Drops from memory what can be read back: whole slots where the disk has them as they are, else their bodies.
+    /// Returns the bytes freed, of the memory of all queues together.
     pub(super) fn evict(&mut self, durable_window: u64) -> usize {
-        if self.is_loading || !self.injected.is_empty() {
+        if self.is_loading {
             return 0;
         }
-        let before = self.hot_bytes;
+        let mut freed = 0;
         while let Some(last) = self.slots.back() {
             let on_disk = last.window <= durable_window && last.body.is_stored();
             if last.pos <= self.popped_to || !on_disk {
@@ -341,11 +379,20 @@ impl QueueState {
             }
             if let Some(slot) = self.slots.pop_back() {
                 self.hot_bytes = self.hot_bytes.saturating_sub(slot.cost());
+                freed += slot.let_go();
                 self.loaded_to = slot.pos - 1;
                 self.tail += 1;
             }
         }
+        for slot in &mut self.slots {
+            let BodyRef::Hot(body) = &slot.body else { continue };
+            if body.is_stored() && body.accepted_in <= durable_window {
+                self.hot_bytes = self.hot_bytes.saturating_sub(body.size());
+                freed += body.let_go();
+                slot.body = slot.body.clone().cooled();
+            }
+        }
         self.slots.shrink_to(16);
-        before - self.hot_bytes
+        freed
     }
 }

@@ -91,7 +91,7 @@ pub(super) const PAGE: &str = "SELECT e.pos, e.body, e.at, e.deliveries, e.attem
 pub(super) const BODY: &str =
     "SELECT b.head, b.data, r.id IS NOT NULL FROM body b LEFT JOIN body_refs r ON r.id = b.id WHERE b.id = ?1";
 pub(super) const DUE: &str = "SELECT e.queue, e.pos, e.body, e.at, e.deliveries, e.attempts, e.due, r.id IS NOT NULL
-    FROM entry e LEFT JOIN body_refs r ON r.id = e.body
+    FROM entry e JOIN queue q ON q.id = e.queue AND q.kind <> 'deleted' LEFT JOIN body_refs r ON r.id = e.body
     WHERE e.due IS NOT NULL AND e.due <= ?1 ORDER BY e.due LIMIT ?2";
 pub(super) const NEXT_DUE: &str = "SELECT min(due) FROM entry WHERE due IS NOT NULL AND due > ?1";
 pub(super) const DEAD_PAGE: &str =
@@ -100,7 +100,7 @@ pub(super) const DEAD_PAGE: &str =
     WHERE d.queue = ?1 AND d.pos > ?2 ORDER BY d.pos LIMIT ?3";
 pub(super) const DEAD_ROWS: &str = "SELECT d.pos, d.body, d.origin, r.id IS NOT NULL
     FROM dead d LEFT JOIN body_refs r ON r.id = d.body
-    WHERE d.queue = ?1 AND d.pos > ?2 AND d.died_at < ?3 ORDER BY d.pos LIMIT ?4";
+    WHERE d.queue = ?1 AND d.pos < ?2 AND d.died_at < ?3 ORDER BY d.pos LIMIT ?4";
 pub(super) const DEAD_ROW: &str = "SELECT d.pos, d.body, d.origin, r.id IS NOT NULL
     FROM dead d LEFT JOIN body_refs r ON r.id = d.body WHERE d.queue = ?1 AND d.pos = ?2";
 

@@ -12,13 +12,13 @@ use super::{Shared, chores, schema};
 use crate::time::Timestamp;
 
 /// How often it looks, in milliseconds: the precision of leases and delays.
-const TICK_MS: u64 = 20;
+const TICK_MS: u64 = if cfg!(test) { 5 } else { 20 };
 
 /// How often it looks at what may wait longer, in ticks.
 const SLOW_TICKS: u64 = 25;
 
 /// Delays released in one step.
-const RELEASE_STEP: usize = 1000;
+const RELEASE_STEP: usize = if cfg!(test) { 3 } else { 1000 };
 
 /// Starts the thread; it ends when the broker closes or is gone.
 pub(super) fn start(shared: &Arc<Shared>) -> std::io::Result<()> {
@@ -32,8 +32,14 @@ fn run(weak: &Weak<Shared>) {
     loop {
         std::thread::park_timeout(Duration::from_millis(TICK_MS));
         let Some(shared) = weak.upgrade() else { return };
+        let is_failing = shared.retry_at.lock().is_some();
         if shared.core.lock().is_closed {
-            return;
+            if !is_failing {
+                return;
+            }
+            // Whoever closes waits for a commit that was put off.
+            shared.db.nudge();
+            continue;
         }
         ticks += 1;
         let now_ms = Timestamp::now().as_millis();
@@ -41,6 +47,7 @@ fn run(weak: &Weak<Shared>) {
         release_due(&shared, now_ms);
         if ticks.is_multiple_of(SLOW_TICKS) {
             shared.with_core(|core| {
+                core.retry_loads();
                 for inbox in core.with_ttl.clone() {
                     core.expire_front(inbox, now_ms);
                 }
@@ -49,7 +56,7 @@ fn run(weak: &Weak<Shared>) {
         }
         chores::step(&shared);
         // A commit that failed is tried again.
-        if shared.retry_at.lock().is_some() {
+        if is_failing {
             shared.db.nudge();
         }
     }
@@ -137,6 +144,11 @@ fn released(core: &mut Core, due: Vec<(u32, Slot)>, next: Option<i64>, since: u6
     }
     for (queue, slot) in due {
         core.release(queue, slot);
+    }
+    if core.open.is_empty() {
+        // They were of queues that have gone.
+        core.is_releasing = false;
+        return;
     }
     // The next reading must see that these are ready.
     core.released_in = core.open.number;

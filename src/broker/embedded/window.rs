@@ -48,11 +48,9 @@ pub(super) struct Delete {
     pub(super) fate: BodyFate,
 }
 
-/// A row of `entry` that changes.
+/// What a row of `entry` says from now on.
 #[derive(Debug)]
 pub(super) struct Update {
-    pub(super) queue: u32,
-    pub(super) pos: u64,
     pub(super) deliveries: u32,
     pub(super) attempts: u32,
     pub(super) due: Option<i64>,
@@ -91,7 +89,9 @@ pub(super) struct Window {
     pub(super) deletes: Vec<Delete>,
     /// Runs of rows that go without their bodies: queue, first and last position.
     pub(super) delete_ranges: Vec<(u32, u64, u64)>,
-    pub(super) updates: Vec<Update>,
+    /// Rows that change, by queue and position; only the last change counts, so a message that comes back again and
+    /// again while nothing can be written costs no more than one.
+    pub(super) updates: BTreeMap<(u32, u64), Update>,
     /// Bodies that go although no single row takes them along: of ranges, of dead letters, and of entries whose last
     /// row never reached the disk.
     pub(super) body_drops: Vec<u64>,
@@ -207,8 +207,8 @@ impl Window {
             ])?;
         }
         let mut update = connection.prepare_cached(schema::UPDATE_ENTRY)?;
-        for change in &self.updates {
-            update.execute(params![change.queue, change.pos, change.deliveries, change.attempts, change.due])?;
+        for ((queue, pos), change) in &self.updates {
+            update.execute(params![queue, pos, change.deliveries, change.attempts, change.due])?;
         }
         let mut delete_range = connection.prepare_cached(schema::DELETE_RANGE)?;
         for range in &self.delete_ranges {
@@ -277,8 +277,7 @@ impl Window {
         // Behind, not before: slots know their inserts in this window by index. Within a transaction all inserts run
         // before all deletes, so the order among the windows does not matter.
         self.inserts.extend(failed.inserts.into_iter().flatten().filter(|i| alive(&i.body)).map(Some));
-        let newer = std::mem::take(&mut self.updates);
-        self.updates = failed.updates;
+        let newer = std::mem::replace(&mut self.updates, failed.updates);
         self.updates.extend(newer);
         self.deletes.extend(failed.deletes);
         self.delete_ranges.extend(failed.delete_ranges);
@@ -292,7 +291,6 @@ impl Window {
             entry.1 = entry.1.take().or(hot);
         }
         self.shared.retain(|_, (_, body)| body.as_ref().is_none_or(|body| !body.is_cancelled()));
-        self.wake.extend(failed.wake);
         // Later own ids may belong to a generation that began in the window that failed.
         self.generations.extend(failed.generations);
     }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -16,7 +17,7 @@ use super::payload::Payload;
 use super::report::Report;
 use super::scenarios::{post_singly, report};
 use super::target::Caller;
-use crate::cli::child::{Process, TemporaryDir, free_port};
+use crate::cli::child::{ANNOUNCEMENT, Process, TemporaryDir};
 use crate::cli::error::CliError;
 use crate::cli::interrupt::Interrupt;
 use crate::cli::serve::end_with_stdin;
@@ -37,19 +38,21 @@ const FILE: &str = "baseline.log";
 type Job = (Bytes, oneshot::Sender<io::Result<()>>);
 
 /// Runs the server until stdin ends: the hidden half, in a process of its own as the router is.
-pub(super) fn serve(address: &str) -> ExitCode {
+pub(super) fn serve() -> ExitCode {
     end_with_stdin();
     let served = File::create(FILE).and_then(|file| {
         let (jobs, waiting) = mpsc::sync_channel::<Job>(BODIES_WAITING_MAX);
         std::thread::spawn(move || append(file, &waiting));
-        actix_web::rt::System::new().block_on(
-            HttpServer::new(move || {
+        actix_web::rt::System::new().block_on(async {
+            let server = HttpServer::new(move || {
                 App::new().app_data(web::Data::new(jobs.clone())).route("/send", web::post().to(accept))
-            })
-            .workers(WORKERS)
-            .bind(address)?
-            .run(),
-        )
+            });
+            let server = server.workers(WORKERS).bind((Ipv4Addr::LOCALHOST, 0))?;
+            for address in server.addrs() {
+                writeln!(io::stdout(), "{ANNOUNCEMENT}http://{address}")?;
+            }
+            server.run().await
+        })
     });
     match served {
         Ok(()) => ExitCode::SUCCESS,
@@ -91,16 +94,17 @@ fn append(mut file: File, waiting: &mpsc::Receiver<Job>) {
 pub(super) async fn measure(options: &Options, seconds: f64, interrupt: &Interrupt) -> Result<Report, CliError> {
     let connections = options.connections.unwrap_or(64);
     let dir = TemporaryDir::create(options.dir.as_deref(), "baseline")?;
-    let address = format!("127.0.0.1:{}", free_port(0)?);
-    let arguments = ["bench", "baseline", "--serve-baseline", address.as_str()];
+    let arguments = ["bench", "baseline", "--serve-baseline"];
     let mut process = Process::start(&arguments, &[], &dir.path().join("server.log"))?;
-    let outcome = load(&mut process, &address, dir.path(), options, seconds, connections, interrupt).await;
+    let outcome = match process.url().await {
+        Ok(url) => load(url.trim_start_matches("http://"), dir.path(), options, seconds, connections, interrupt).await,
+        Err(error) => Err(error),
+    };
     process.stop().await;
     outcome
 }
 
 async fn load(
-    process: &mut Process,
     address: &str,
     dir: &Path,
     options: &Options,
@@ -108,10 +112,6 @@ async fn load(
     connections: usize,
     interrupt: &Interrupt,
 ) -> Result<Report, CliError> {
-    while tokio::net::TcpStream::connect(address).await.is_err() {
-        process.check()?;
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
     let payload = Payload::new("bench.baseline", options.bytes);
     let mut one = Vec::new();
     payload.write(0..1, &mut one);

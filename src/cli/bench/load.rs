@@ -6,9 +6,11 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use indicatif::ProgressBar;
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 
 use super::Options;
 use super::payload::{Ledger, Payload, numbers};
@@ -172,10 +174,16 @@ impl Tasks {
     ) -> Result<(), CliError> {
         let bar = progress::bar((self.run.limit < u64::MAX).then_some(self.run.limit), what, json);
         let shown = tokio::task::spawn_local(show(bar.clone(), Rc::clone(&self.run), progress));
+        let aborts: Vec<_> = self.handles.iter().map(JoinHandle::abort_handle).collect();
+        let mut ended: FuturesUnordered<_> = self.handles.into_iter().collect();
         let mut outcome = Ok(());
-        for handle in self.handles {
-            let done = handle.await.unwrap_or_else(|error| Err(CliError::failed(format!("the bench failed: {error}"))));
-            outcome = outcome.and(done);
+        while let Some(done) = ended.next().await {
+            outcome = done.unwrap_or_else(|error| Err(CliError::failed(format!("the bench failed: {error}"))));
+            if outcome.is_err() {
+                // The others may wait for answers that never come.
+                aborts.iter().for_each(AbortHandle::abort);
+                break;
+            }
         }
         shown.abort();
         bar.finish_and_clear();

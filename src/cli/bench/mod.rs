@@ -43,6 +43,12 @@ enum Scenario {
     All,
 }
 
+impl Scenario {
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
 /// Measure a router: throughput, latency, fan-out, onboarding
 ///
 /// Starts a router of its own in a temporary directory and removes it afterwards. To measure one that runs, name it by
@@ -56,8 +62,8 @@ pub(crate) struct Bench {
     #[command(flatten)]
     options: Options,
     /// Be the baseline's server
-    #[arg(long, hide = true, value_name = "ADDRESS")]
-    serve_baseline: Option<String>,
+    #[arg(long, hide = true)]
+    serve_baseline: bool,
 }
 
 /// How much load, and where.
@@ -119,7 +125,7 @@ fn message_bytes(text: &str) -> Result<usize, String> {
 impl Bench {
     /// Serves as the baseline, if that is what it was started for.
     pub(super) fn serve_baseline(&self) -> Option<ExitCode> {
-        self.serve_baseline.as_deref().map(baseline::serve)
+        self.serve_baseline.then(baseline::serve)
     }
 
     pub(crate) async fn run(mut self, context: &mut Context) -> Result<(), CliError> {
@@ -140,7 +146,11 @@ impl Bench {
     async fn measure(&self, context: &mut Context, interrupt: Interrupt) -> Result<(), CliError> {
         let mut reports = Vec::new();
         for scenario in self.chosen() {
-            let measured = self.scenario(context, scenario, interrupt.clone()).await?;
+            let measured = self.scenario(context, scenario, interrupt.clone()).await;
+            let measured = measured.map_err(|error| match error {
+                CliError::Failed(why) => CliError::Failed(format!("{}: {why}", scenario.name())),
+                other => other,
+            })?;
             for report in measured {
                 if context.out.json {
                     context.out.json_line(&report.to_json())?;

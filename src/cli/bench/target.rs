@@ -1,6 +1,7 @@
 //! The router that is measured: one of our own in a temporary directory, or one that runs already.
 
 use std::cell::RefCell;
+use std::time::Duration;
 
 use base64::Engine as _;
 use futures_util::{StreamExt as _, stream};
@@ -17,6 +18,9 @@ use crate::cli::progress;
 
 /// Clients removed at once when the bench tidies up.
 const REMOVED_AT_ONCE: usize = 16;
+
+/// How long an answer may take, the time that a receiver waits for messages included.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A router under load.
 pub(super) struct Target {
@@ -191,9 +195,9 @@ impl Caller {
         }
         self.request.extend_from_slice(b"\r\n");
         self.request.extend_from_slice(body);
-        self.wire
-            .exchange(&self.request)
-            .await
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, self.wire.exchange(&self.request)).await;
+        answer
+            .map_err(|_| CliError::failed(format!("the router did not answer for {} s", ANSWER_TIMEOUT.as_secs())))?
             .map_err(|error| CliError::failed(format!("the connection to the router broke under load: {error}")))
     }
 }

@@ -195,7 +195,7 @@ mod tests {
         let head = |text: &str| parse_head(text.as_bytes()).expect("HTTP").expect("complete");
         assert_eq!(
             head("HTTP/1.1 202 Accepted\r\nContent-Length: 12\r\n\r\n"),
-            Head { status: 202, bytes: 43, framing: Framing::Length(12), closes: false }
+            Head { status: 202, bytes: 45, framing: Framing::Length(12), closes: false }
         );
         assert_eq!(head("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n").framing, Framing::Chunked);
         assert!(head("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 1\r\n\r\n").closes);

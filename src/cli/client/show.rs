@@ -16,6 +16,10 @@ const PATTERNS_LISTED: usize = 3;
 /// Characters of an endpoint's answer shown in a row.
 const ANSWER_SHOWN: usize = 60;
 
+/// Queues and actors in the order in which a message meets them.
+const QUEUES: [&str; 4] = ["outbox", "notify", "inbox", "dead"];
+const ACTORS: [&str; 4] = ["forwarder", "broadcaster", "subscriber", "pusher"];
+
 /// A page of `GET /clients`, its records as they came.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Page {
@@ -90,11 +94,18 @@ pub(crate) fn record_table(record: &Record) -> Table {
     add("limits", Some(or_dash(limits.join("\n"))));
     add("paused", record.paused.then(|| "yes".into()));
     add("created_at", Some(record.created_at.clone()));
-    let queues: Vec<String> = record.queues.iter().map(|(name, depth)| format!("{name} {}", grouped(*depth))).collect();
-    add("queues", (!queues.is_empty()).then(|| queues.join("\n")));
-    let actors: Vec<String> = record.actors.iter().map(|(name, value)| format!("{name} {}", state(value))).collect();
-    add("actors", (!actors.is_empty()).then(|| actors.join("\n")));
+    let queues = in_flow_order(&record.queues, &QUEUES, |depth| grouped(*depth));
+    add("queues", (!queues.is_empty()).then_some(queues));
+    let actors = in_flow_order(&record.actors, &ACTORS, state);
+    add("actors", (!actors.is_empty()).then_some(actors));
     pairs(rows)
+}
+
+/// `name value` for each, those of `order` first and in it.
+fn in_flow_order<T>(all: &BTreeMap<String, T>, order: &[&str], shown: impl Fn(&T) -> String) -> String {
+    let known = order.iter().filter_map(|name| Some((*name, all.get(*name)?)));
+    let others = all.iter().map(|(name, value)| (name.as_str(), value)).filter(|(name, _)| !order.contains(name));
+    known.chain(others).map(|(name, value)| format!("{name} {}", shown(value))).collect::<Vec<_>>().join(", ")
 }
 
 /// The heads of the list.
@@ -228,10 +239,19 @@ mod tests {
     fn a_record_is_shown_with_what_matters_and_nothing_else() {
         let text = shown(
             r#"{"client_id":"noc-c2","name":null,"subscriptions":["a.#","b.*"],"webhook":null,"limits":{"send_per_s":5},
-            "paused":false,"created_at":"2026-11-23T18:09:00.123Z","queues":{"inbox":1200},"actors":{"pusher":"stopped"},
+            "paused":false,"created_at":"2026-11-23T18:09:00.123Z","queues":{"dead":0,"inbox":1200,"outbox":1},"actors":{"pusher":"stopped"},
             "secret":"s3cret","new_member":[1]}"#,
         );
-        for part in ["noc-c2", "s3cret", "a.#", "b.*", "pull", "send_per_s 5", "inbox 1,200", "pusher stopped"] {
+        for part in [
+            "noc-c2",
+            "s3cret",
+            "a.#",
+            "b.*",
+            "pull",
+            "send_per_s 5",
+            "outbox 1, inbox 1,200, dead 0",
+            "pusher stopped",
+        ] {
             assert!(text.contains(part), "{part} in {text}");
         }
         assert!(!text.contains("paused") && !text.contains("null"), "{text}");

@@ -18,7 +18,7 @@ use super::intake::Intake;
 use super::outgoing::{CloseCode, Outgoing};
 use super::publishing::{Publishing, Waiting};
 use super::{PING_AFTER, Place, SILENCE_MAX, UNSETTLED_BYTES, UNSETTLED_BYTES_ALL, UNSETTLED_BYTES_SCARCE};
-use crate::broker::{self, Consumer, Delivery, Health, Queue};
+use crate::broker::{self, Consumer, Delivery, Health, Outcome, Queue};
 use crate::directory::ClientEntry;
 use crate::http::batch::{Batch, Checked};
 use crate::http::error::{Code, Problem};
@@ -115,7 +115,7 @@ impl Session {
     pub(super) async fn run(mut self, mut incoming: AggregatedMessageStream) {
         let end = self.serve(&mut incoming).await;
         self.inbox = None;
-        self.give_back();
+        self.give_all_back().await;
         if let End::Close(code, why) = end {
             // Whoever was told "accepted" late was told: the answers that are under way go out before the close.
             let last_words = async {
@@ -213,15 +213,18 @@ impl Session {
         if let Some(end) = self.refresh() {
             return Some(end);
         }
-        let mut next = Some(first);
-        for _ in 0..FRAMES_AT_ONCE {
-            let Some(message) = next else { break };
-            if let Some(end) = self.hear(message).await {
+        if let Some(end) = self.hear(first).await {
+            return Some(end);
+        }
+        for _ in 1..FRAMES_AT_ONCE {
+            // What has arrived already is handled at once: its sends then share a commit.
+            if !self.publishing.has_room() || !self.outgoing.has_room() {
+                break;
+            }
+            let Some(next) = incoming.recv().now_or_never() else { break };
+            if let Some(end) = self.hear(next).await {
                 return Some(end);
             }
-            // What has arrived already is handled at once: its sends then share a commit.
-            let more = self.publishing.has_room() && self.outgoing.has_room();
-            next = if more { incoming.recv().now_or_never() } else { None };
         }
         None
     }
@@ -444,19 +447,23 @@ impl Session {
         self.call.api.sockets.unsettled_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Gives back what is unsettled, the newest first: each goes to the front.
-    fn give_back(&mut self) {
-        while let Some((_, (delivery, bytes))) = self.unsettled.pop_last() {
-            drop(delivery);
-            self.let_go(bytes);
+    /// Gives back what is unsettled, all at once, so that whoever reads next sees it in order.
+    async fn give_all_back(&mut self) {
+        let unsettled = std::mem::take(&mut self.unsettled);
+        let bytes = unsettled.values().map(|(_, bytes)| bytes).sum();
+        let all = unsettled.into_values().map(|(delivery, _)| (delivery, Outcome::Requeue)).collect();
+        // What cannot be given back so comes back by itself (G2).
+        if let Ok(Err(error)) = tokio::time::timeout(SETTLE_TIMEOUT, broker::settle(all)).await {
+            log::debug!("deliveries of {} come back by themselves: {error}", self.name());
         }
+        self.let_go(bytes);
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // Also when the task is dropped halfway.
-        self.give_back();
+        // A task that is dropped halfway drops its deliveries, which gives them back one by one.
+        self.let_go(self.unsettled_bytes);
         self.call.api.state.telemetry.metrics.websockets.dec();
     }
 }

@@ -42,7 +42,8 @@ use super::throttle::Throttle;
 use super::verdict::OffReason;
 use crate::broker::{BrokerError, BrokerErrorKind, Consumer, DeadReason, Delivery, Outcome, Payload};
 use crate::client::{ClientId, Webhook};
-use crate::db::webhooks::EndpointNotes;
+use crate::db::webhooks::{EndpointNotes, WebhookTables};
+use crate::db::{Db, DbError};
 use crate::envelope::SharedMessage;
 use crate::secret::WebhookSecrets;
 use crate::telemetry::Telemetry;
@@ -83,6 +84,19 @@ pub struct Means {
     pub telemetry: Telemetry,
     /// [`DISABLE_AFTER`], or less in tests.
     pub disable_after: Duration,
+}
+
+impl Means {
+    /// What pushers work with, on the tables in `db`. Attempts are kept for `retention`. Somebody must run the
+    /// [log](AttemptLog::run).
+    ///
+    /// # Errors
+    /// When the tables cannot be opened.
+    pub async fn open(db: Db, sender: Sender, retention: Duration, telemetry: Telemetry) -> Result<Self, DbError> {
+        let log = AttemptLog::new(WebhookTables::open(db).await?, retention);
+        let breakers = Breakers::new(telemetry.clone());
+        Ok(Self { sender, log, breakers, telemetry, disable_after: DISABLE_AFTER })
+    }
 }
 
 /// How a pusher fares, for whoever runs it.

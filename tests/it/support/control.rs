@@ -49,6 +49,7 @@ impl Fixture for ControlPlane {
             max_message_bytes: 1 << 20,
             retention: Duration::from_secs(86_400),
             pusher: None,
+            attempts: None,
         };
         let registry = ClientRegistry::start(parts, loaded).expect("starts threads");
         Self { env, registry, telemetry, db, _directory: directory }

@@ -34,6 +34,11 @@ impl Api {
         Self { base: format!("http://{address}"), http: client() }
     }
 
+    /// The URL of a path.
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
     /// A call that is not sent yet.
     pub(crate) fn call(&self, method: Method, path: &str) -> Call {
         Call(self.http.request(method, format!("{}{path}", self.base)))

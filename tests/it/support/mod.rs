@@ -6,6 +6,7 @@
 //! - `control`: `ControlPlane`, a broker and the registry on it, without HTTP.
 //! - `endpoint`: `FakeEndpoint`, a webhook endpoint with every fault.
 //! - `load`: producers and consumers that note everything, and the reckoning.
+//! - `socket`: a client's WebSocket.
 //! - `wait`: waiting for a condition with a deadline, and for nothing to happen. `memory`: how much a process has.
 
 #[macro_use]
@@ -18,6 +19,7 @@ pub(crate) mod http;
 pub(crate) mod load;
 pub(crate) mod memory;
 pub(crate) mod process;
+pub(crate) mod socket;
 pub(crate) mod wait;
 
 pub(crate) use app::TestApp;

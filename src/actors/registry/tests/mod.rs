@@ -54,6 +54,7 @@ impl World {
             max_message_bytes: 1 << 20,
             retention: Duration::from_secs(86_400),
             pusher,
+            attempts: None,
         };
         let registry = ClientRegistry::start(parts, loaded).expect("starts");
         Self { db, broker, directory, telemetry, registry }
