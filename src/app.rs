@@ -7,6 +7,9 @@
 //! actors stop, and what they held goes back; the broker makes durable what it took; the database closes. All within
 //! `SOAR_SHUTDOWN_TIMEOUT`: what has not ended by then is left where it stands, which costs nothing that was accepted.
 
+mod error;
+mod signals;
+
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
@@ -23,92 +26,23 @@ use crate::actors::pusher;
 use crate::actors::registry::{ClientRegistry, GetActorCensus, RegistryParts, Shutdown};
 use crate::broker::{Broker, BrokerError, embedded};
 use crate::config::{BrokerChoice, Config, TlsFiles};
-use crate::db::{Db, DbError};
+use crate::db::Db;
 use crate::directory::Directory;
 use crate::http;
 use crate::secret::{self, Secret, SecretHash};
 use crate::store::Store;
 use crate::telemetry::{self, Observer, Telemetry};
-use crate::token::{TokenSecret, TokenSecretError, Tokens};
+use crate::token::{TokenSecret, Tokens};
 use crate::webhook;
+
+pub use error::AppError;
+use signals::Signals;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 4096;
 
 /// Becomes true when the program begins to stop; then nothing new is begun, and what waits answers.
 pub type ShutdownSignal = watch::Receiver<bool>;
-
-/// Why the program cannot start, or stopped by itself.
-#[derive(Debug, thiserror::Error)]
-pub enum AppError {
-    /// `DATA_DIR` cannot be made.
-    #[error("cannot make the data directory {path}: {source}")]
-    DataDir {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The file in it cannot be opened.
-    #[error("cannot open {path}: {source}")]
-    Database {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: DbError,
-    },
-    /// A file with a secret can be neither read nor made.
-    #[error("cannot read or make the secret in {path}: {source}")]
-    SecretFile {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The file with the token secret, or `SOAR_TOKEN_SECRET`, does not hold one.
-    #[error("the token secret in {origin} is {source}")]
-    TokenSecret {
-        /// The file or the variable.
-        origin: String,
-        /// Why.
-        source: TokenSecretError,
-    },
-    /// `SOAR_TLS_CERT` or `SOAR_TLS_KEY` cannot be used.
-    #[error("cannot use {path} for https: {detail}")]
-    Tls {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        detail: String,
-    },
-    /// The file in `SOAR_WEBHOOK_CA` cannot be used.
-    #[error("cannot use SOAR_WEBHOOK_CA: {0}")]
-    WebhookCa(webhook::tls::CaError),
-    /// The broker cannot be opened.
-    #[error("cannot open the broker: {}", crate::actors::describe(.0))]
-    Broker(BrokerError),
-    /// The address is taken, or not ours.
-    #[error("cannot listen on {address} ({variable}): {source}")]
-    Bind {
-        /// Where it is configured.
-        variable: &'static str,
-        /// The address.
-        address: SocketAddr,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// Threads or the HTTP server cannot be started.
-    #[error("cannot start {what}: {source}")]
-    Start {
-        /// What.
-        what: &'static str,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The HTTP server ended by itself.
-    #[error("the HTTP server ended: {0}")]
-    Server(String),
-}
 
 /// A running backbone.
 pub struct App {
@@ -386,25 +320,6 @@ fn raise_file_limit() {
         && let Err(error) = setrlimit(Resource::Nofile, raised)
     {
         log::warn!("cannot raise the limit of open files from {:?}: {error}", limit.current);
-    }
-}
-
-struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
     }
 }
 
