@@ -3,6 +3,7 @@
 //! # Layout
 //!
 //! - `support`: starts routers and brokers, talks to them, waits for conditions. Start reading there.
+//! - `cli`: the command line as a person or a script meets it.
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
 //! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
 //! - `flow`: messages from sender to receivers, through the whole router. `http_…`: each part of the API.
@@ -13,6 +14,7 @@
 #[macro_use]
 mod support;
 
+mod cli;
 mod conformance;
 mod crash;
 mod disk_full;
