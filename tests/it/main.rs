@@ -3,6 +3,7 @@
 //! # Layout
 //!
 //! - `support`: starts routers and brokers, talks to them, waits for conditions. Start reading there.
+//! - `cli`: the command line as a person or a script meets it.
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
 //! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
 //! - `ws`: the WebSocket.
@@ -15,6 +16,7 @@
 #[macro_use]
 mod support;
 
+mod cli;
 mod conformance;
 mod crash;
 mod disk_full;
