@@ -1,1 +1,449 @@
-//! placeholder
+//! RabbitMQ behind the broker's trait, over AMQP 0-9-1.
+//!
+//! # Layout
+//!
+//! - `address`, `session`, `link`: where RabbitMQ is, the five connections to it, and the loop that makes them anew.
+//!   `runtime` is the thread on which all of that runs.
+//! - `topology`: names and arguments of everything that is declared. `wire`: how a message looks on RabbitMQ.
+//! - `lane`: publishing with confirms. `publish` takes messages from senders, `settle` moves deliveries on, both with
+//!   `dedup` for own ids.
+//! - `intake`: the channels that all consumers share, with `acks`. `consumer` is a standing one; `pull` makes long
+//!   polls and leases of one; `harvest` looks at the front of a queue, for `dead` letters and `limits`. `held` is a
+//!   delivery in this process.
+//! - `clients`, `state`: the clients that are known, in memory and in the file. `admin` declares, binds and deletes them;
+//!   `seal` sees to it that a new queue survives a kill; `management` gives them users of their own.
+//! - `chores`: what is done from time to time.
+//!
+//! # Invariants
+//!
+//! - Nothing is acknowledged before the next queue has confirmed it.
+//! - After any break everything is declared again before messages flow.
+//! - What came on a channel is settled there or nowhere: a delivery of an earlier session cannot touch a later one.
+//! - Connections and channels do not grow with clients. Memory: prefetches, windows of confirms, leases (bounded in
+//!   bytes), and a few words for each client.
+//!
+//! # What is weaker than with the embedded broker
+//!
+//! A batch that was cut off by a break may be taken in part: the sender is told to send it again under the same ids.
+//! Acknowledgements are not confirmed by the protocol: those of the last milliseconds before RabbitMQ *and* this process
+//! are killed at once may be lost, and what they settled comes again. How often a message was handed out is known
+//! exactly while this process lives; after that by RabbitMQ's count, which classic queues do not have.
+
+mod acks;
+mod address;
+mod admin;
+mod chores;
+mod clients;
+mod consumer;
+mod dead;
+mod dedup;
+mod delay;
+mod error;
+mod harvest;
+mod held;
+mod intake;
+mod lane;
+mod limits;
+mod link;
+mod management;
+mod publish;
+mod pull;
+mod runtime;
+mod seal;
+mod session;
+mod settle;
+mod state;
+mod topology;
+mod wire;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, oneshot, watch};
+
+use self::address::Addresses;
+use self::clients::Clients;
+use self::consumer::{AmqpConsumer, ConsumerCore};
+use self::dedup::Dedup;
+use self::error::db_error;
+use self::held::{Held, ReturnMemory};
+use self::intake::{Intake, Subscription};
+use self::lane::Lane;
+use self::link::Link;
+use self::management::Management;
+use self::pull::Puller;
+use self::runtime::AmqpThread;
+use self::session::{Role, Session};
+use self::wire::Trusted;
+use crate::broker::{
+    Broker, BrokerError, BrokerErrorKind, Consumer, DeadPage, Depths, Health, Published, PullMode, PullOutcome, Pulled,
+    Queue, Receipt,
+};
+use crate::client::{ClientId, Limits};
+use crate::config::QueueType;
+use crate::db::Db;
+use crate::envelope::Message;
+use crate::telemetry::Telemetry;
+use crate::time::Timestamp;
+use crate::topic::Pattern;
+
+/// Settings of the AMQP broker.
+#[derive(Clone)]
+pub struct Options {
+    /// `amqp://…` or `amqps://…`; several, for the nodes of a cluster, with commas between. Holds a password.
+    pub url: String,
+    /// Type of the queues.
+    pub queue_type: QueueType,
+    /// The management API, when each client is to have a broker user of its own. May hold a password.
+    pub management_url: Option<String>,
+    /// For how long own ids are remembered.
+    pub dedup_window: Duration,
+}
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { queue_type, dedup_window, .. } = self;
+        let mut debug = f.debug_struct("Options");
+        debug.field("queue_type", queue_type).field("dedup_window", dedup_window).finish_non_exhaustive()
+    }
+}
+
+/// Publishing channels of each kind. A sender's messages always take the same one.
+const LANES: usize = 4;
+
+/// Channels that consumers share. Those of inboxes are more, because leases and webhooks hold deliveries for long, and
+/// an acknowledgement costs RabbitMQ by what is outstanding on its channel.
+const PIPELINE_INTAKES: usize = 8;
+const INBOX_INTAKES: usize = 16;
+const CHORE_INTAKES: usize = 2;
+
+/// How long closing waits for what is on its way.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What all parts of the broker share.
+struct Shared {
+    options: Options,
+    addresses: Addresses,
+    trusted: Trusted,
+    management: Option<Management>,
+    thread: AmqpThread,
+    db: Db,
+    telemetry: Telemetry,
+    link: watch::Sender<Link>,
+    clients: Clients,
+    /// Consumers of queues that belong to no client.
+    consumers: Mutex<Vec<Weak<ConsumerCore>>>,
+    ingress: Vec<Lane>,
+    relay: Vec<Lane>,
+    /// The last one is for `soar-publish` alone.
+    pipeline_intakes: Vec<Intake>,
+    inbox_intakes: Vec<Intake>,
+    chore_intakes: Vec<Intake>,
+    dedup: Dedup,
+    memory: ReturnMemory,
+    sealer: seal::Sealer,
+    /// KiB of messages that may still wait for their confirm.
+    pending: Arc<Semaphore>,
+    /// Bytes of leased messages of all clients.
+    leased_bytes: Arc<AtomicUsize>,
+    /// Tells this process's receipts from those of another.
+    nonce: u64,
+    is_closing: AtomicBool,
+}
+
+/// Which of `count` a name belongs to.
+fn share_of(name: &str, count: usize) -> usize {
+    use std::hash::{Hash as _, Hasher as _};
+    let mut hasher = std::hash::DefaultHasher::new();
+    name.hash(&mut hasher);
+    usize::try_from(hasher.finish() % count as u64).expect("less than a count")
+}
+
+impl Shared {
+    /// The present session.
+    fn session(&self, action: &str) -> Result<Arc<Session>, BrokerError> {
+        self.link.borrow().session(action)
+    }
+
+    fn set_link(&self, link: Link) {
+        // Once closed it stays so.
+        self.link.send_if_modified(|current| {
+            let open = !current.is_closed();
+            if open {
+                *current = link;
+            }
+            open
+        });
+    }
+
+    fn is_closed(&self) -> bool {
+        self.link.borrow().is_closed()
+    }
+
+    fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::Acquire)
+    }
+
+    /// The user under which messages are published.
+    fn user(&self) -> Option<&str> {
+        self.addresses.user()
+    }
+
+    /// Whom to believe in a queue; `None`: everyone, as no client may write to it.
+    fn trusted(&self, queue: &Queue) -> Option<&Trusted> {
+        match queue {
+            Queue::Outbox(_) | Queue::Notify(_) => Some(&self.trusted),
+            Queue::Inbox(_) | Queue::Publish | Queue::Unrouted => None,
+        }
+    }
+
+    /// The lane for what senders put into this queue.
+    fn ingress(&self, queue: &str) -> &Lane {
+        &self.ingress[share_of(queue, self.ingress.len())]
+    }
+
+    /// The lane for what leaves this queue.
+    fn relay(&self, queue: &str) -> &Lane {
+        &self.relay[share_of(queue, self.relay.len())]
+    }
+
+    /// The channel for consumers of this queue.
+    fn intake(&self, queue: &Queue) -> &Intake {
+        let name = queue.to_string();
+        match queue {
+            Queue::Publish | Queue::Unrouted => &self.pipeline_intakes[PIPELINE_INTAKES],
+            Queue::Outbox(_) | Queue::Notify(_) => &self.pipeline_intakes[share_of(&name, PIPELINE_INTAKES)],
+            Queue::Inbox(_) => &self.inbox_intakes[share_of(&name, INBOX_INTAKES)],
+        }
+    }
+
+    /// The channel for a look at the front of this queue.
+    fn chores(&self, queue: &str) -> &Intake {
+        &self.chore_intakes[share_of(queue, CHORE_INTAKES)]
+    }
+
+    /// Ends a subscription. What it was handed and nobody looked at goes back, and does not count as handed out.
+    fn end_subscription(
+        self: &Arc<Self>,
+        queue: &Queue,
+        subscription: Subscription,
+        ended: Option<oneshot::Sender<()>>,
+    ) {
+        let (shared, channel) = (Arc::clone(self), Arc::clone(&subscription.channel));
+        let (name, of) = (queue.to_string(), queue.clone());
+        let left = move |left: Vec<lapin::message::Delivery>| {
+            for delivery in left {
+                let held = Held::new(delivery, &channel, &name, shared.trusted(&of), &shared.memory);
+                shared.memory.note(held.key, held.before);
+            }
+        };
+        self.intake(queue).end(&self.thread, subscription, left, ended);
+    }
+
+    fn add_consumer(&self, core: &Arc<ConsumerCore>) {
+        let mut consumers = self.consumers.lock();
+        consumers.retain(|core| core.strong_count() > 0);
+        consumers.push(Arc::downgrade(core));
+    }
+
+    /// Consumers of a queue that belongs to no client.
+    fn consumers_of(&self, name: &str) -> Vec<Arc<ConsumerCore>> {
+        self.consumers.lock().iter().filter_map(Weak::upgrade).filter(|core| core.name == name).collect()
+    }
+
+    fn wake_all(&self) {
+        for core in self.consumers.lock().iter().filter_map(Weak::upgrade) {
+            core.wake();
+        }
+        for client in self.clients.all() {
+            client.wake();
+        }
+    }
+}
+
+/// See the module.
+struct AmqpBroker {
+    shared: Arc<Shared>,
+}
+
+/// Opens the AMQP broker. Returns at once, whether RabbitMQ can be reached or not: [`Broker::health`] says how it
+/// stands.
+///
+/// # Errors
+/// [`BrokerErrorKind::Conflict`] when a URL cannot be read; else what the file says.
+pub async fn connect(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<dyn Broker>, BrokerError> {
+    let action = "open the AMQP broker";
+    // For amqps and https; a second call, by whoever, changes nothing.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let addresses = Addresses::parse(&options.url)?;
+    let management = match &options.management_url {
+        Some(url) => Some(Management::new(url, &addresses)?),
+        None => None,
+    };
+    let now_s = Timestamp::now().as_millis().div_euclid(1000);
+    let stored = state::open(&db, now_s).await.map_err(|error| db_error(action, error))?;
+    let dedup = Dedup::open(db.clone(), options.dedup_window).await.map_err(|error| db_error(action, error))?;
+    let thread = AmqpThread::start()?;
+    let link = watch::Sender::new(Link::Down("not connected yet".into()));
+    let lanes = |role| (0..LANES).map(|_| Lane::start(&thread, role, link.subscribe())).collect();
+    let intakes = |role, count| (0..count).map(|_| Intake::start(&thread, role, link.subscribe())).collect();
+    let shared = Arc::new(Shared {
+        trusted: addresses.trusted(),
+        addresses,
+        management,
+        ingress: lanes(Role::Ingress),
+        relay: lanes(Role::Relay),
+        pipeline_intakes: intakes(Role::Pipeline, PIPELINE_INTAKES + 1),
+        inbox_intakes: intakes(Role::Inboxes, INBOX_INTAKES),
+        chore_intakes: intakes(Role::Control, CHORE_INTAKES),
+        options,
+        thread,
+        db,
+        telemetry,
+        link,
+        clients: Clients::default(),
+        consumers: Mutex::default(),
+        dedup,
+        memory: ReturnMemory::default(),
+        sealer: seal::Sealer::default(),
+        pending: Arc::new(Semaphore::new(publish::PENDING_KIB_MAX)),
+        leased_bytes: Arc::default(),
+        nonce: rand::random(),
+        is_closing: AtomicBool::new(false),
+    });
+    shared.clients.load(stored);
+    shared.thread.spawn(link::keep(Arc::clone(&shared)));
+    shared.thread.spawn(chores::run(Arc::clone(&shared)));
+    Ok(Arc::new(AmqpBroker { shared }))
+}
+
+#[async_trait]
+impl Broker for AmqpBroker {
+    fn name(&self) -> &'static str {
+        "amqp"
+    }
+
+    fn health(&self) -> Health {
+        self.shared.link.borrow().health()
+    }
+
+    async fn declare_client(&self, client: &ClientId, limits: &Limits) -> Result<(), BrokerError> {
+        let (shared, client, limits) = (Arc::clone(&self.shared), client.clone(), limits.clone());
+        let task = async move { shared.declare_client(client, limits).await };
+        self.shared.thread.run("declare a client", task).await
+    }
+
+    async fn bind(&self, client: &ClientId, patterns: &[Pattern]) -> Result<(), BrokerError> {
+        let (shared, client, patterns) = (Arc::clone(&self.shared), client.clone(), patterns.to_vec());
+        self.shared.thread.run("bind an inbox", async move { shared.bind(client, patterns).await }).await
+    }
+
+    async fn delete_client(&self, client: &ClientId) -> Result<(), BrokerError> {
+        let (shared, client) = (Arc::clone(&self.shared), client.clone());
+        self.shared.thread.run("delete a client", async move { shared.delete_client(client).await }).await
+    }
+
+    async fn publish(&self, queue: &Queue, messages: Vec<Message>) -> Result<Published, BrokerError> {
+        publish::publish(&self.shared, queue, messages).await
+    }
+
+    async fn consume(&self, queue: &Queue, prefetch: u32) -> Result<Consumer, BrokerError> {
+        let action = format!("consume queue {queue}");
+        self.shared.session(&action)?;
+        let client = self.shared.clients.owner(queue);
+        if client.is_none() && !matches!(queue, Queue::Publish | Queue::Unrouted) {
+            return Err(BrokerError::new(BrokerErrorKind::NotFound, action));
+        }
+        Ok(Box::new(AmqpConsumer::new(Arc::clone(&self.shared), queue.clone(), client, prefetch)))
+    }
+
+    async fn pull(
+        &self,
+        client: &ClientId,
+        max: usize,
+        wait: Duration,
+        mode: PullMode,
+    ) -> Result<Vec<Pulled>, BrokerError> {
+        let action = || format!("pull from queue {}", topology::inbox(client));
+        self.shared.session(&action())?;
+        let known = self.shared.clients.get(client);
+        let known = known.ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, action()))?;
+        let puller = known.puller_or(|| Puller::new(Arc::clone(&self.shared), &known));
+        puller.pull(max, wait, mode).await
+    }
+
+    async fn settle_pulled(
+        &self,
+        client: &ClientId,
+        receipts: Vec<Receipt>,
+        outcome: PullOutcome,
+    ) -> Result<Vec<Receipt>, BrokerError> {
+        let (shared, client) = (Arc::clone(&self.shared), client.clone());
+        let task = async move { settle::settle_pulled(&shared, &client, receipts, outcome).await };
+        self.shared.thread.run("settle pulled messages", task).await
+    }
+
+    async fn depths(&self, client: &ClientId) -> Result<Depths, BrokerError> {
+        let (shared, client) = (Arc::clone(&self.shared), client.clone());
+        self.shared.thread.run("count messages", async move { shared.depths(&client).await }).await
+    }
+
+    async fn dead_letters(
+        &self,
+        client: &ClientId,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<DeadPage, BrokerError> {
+        let after = after.map(str::to_owned);
+        let task = Arc::clone(&self.shared).dead_letters(client.clone(), after, limit);
+        self.shared.thread.run("list dead letters", task).await
+    }
+
+    async fn replay_dead(&self, client: &ClientId, ids: Option<&[String]>) -> Result<u64, BrokerError> {
+        let ids = ids.map(<[String]>::to_vec);
+        let task = Arc::clone(&self.shared).replay_dead(client.clone(), ids);
+        self.shared.thread.run("replay dead letters", task).await
+    }
+
+    async fn purge_dead(&self, client: &ClientId, before: Option<Timestamp>) -> Result<u64, BrokerError> {
+        let task = Arc::clone(&self.shared).purge_dead(client.clone(), before);
+        self.shared.thread.run("purge dead letters", task).await
+    }
+
+    async fn internal_depths(&self) -> Result<Vec<(&'static str, u64)>, BrokerError> {
+        let shared = Arc::clone(&self.shared);
+        self.shared.thread.run("count messages", async move { shared.internal_depths().await }).await
+    }
+
+    async fn close(&self) {
+        let shared = &self.shared;
+        shared.is_closing.store(true, Ordering::Release);
+        let lanes = || shared.ingress.iter().chain(&shared.relay);
+        let idle = async {
+            while !lanes().all(Lane::is_idle) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if shared.session("close").is_ok() && tokio::time::timeout(CLOSE_TIMEOUT, idle).await.is_err() {
+            log::warn!("closing: RabbitMQ has not confirmed everything; what was not comes again");
+        }
+        let session = shared.session("close").ok();
+        shared.set_link(Link::Closed);
+        shared.wake_all();
+        if let Some(session) = session {
+            let _ = shared.thread.run("close", async move { Ok(session.close().await) }).await;
+        }
+        shared.thread.stop();
+    }
+}
+
+impl Drop for AmqpBroker {
+    fn drop(&mut self) {
+        // Dropped without having been closed, it must not go on by itself.
+        self.shared.set_link(Link::Closed);
+        self.shared.wake_all();
+    }
+}

@@ -1,0 +1,291 @@
+//! Declaring, binding, deleting and counting.
+
+use std::sync::Arc;
+
+use futures_util::StreamExt as _;
+
+use super::clients::Client;
+use super::error::{Fault, broker_error, db_error, fault_of};
+use super::session::Session;
+use super::{Shared, state, topology};
+use crate::broker::{BrokerError, BrokerErrorKind, Depths, Queue};
+use crate::client::{ClientId, Limits};
+use crate::time::Timestamp;
+use crate::topic::Pattern;
+
+/// Clients declared side by side after a reconnect.
+const DECLARE_AT_ONCE: usize = 16;
+
+/// Messages of an inbox.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct InboxDepth {
+    /// In RabbitMQ, for anyone to take.
+    pub(super) ready: u64,
+    /// Handed to this process and not settled.
+    pub(super) held: u64,
+}
+
+impl Shared {
+    /// See [`crate::broker::Broker::declare_client`].
+    pub(super) async fn declare_client(self: &Arc<Self>, id: ClientId, limits: Limits) -> Result<(), BrokerError> {
+        let action = format!("declare the queues of {id}");
+        let session = self.session(&action)?;
+        let now_ms = Timestamp::now().as_millis();
+        let noted = state::note_client(&self.db, &id, &limits, now_ms).await;
+        let (since_ms, is_sealed) = noted.map_err(|error| db_error(&action, error))?;
+        let fail = |error| broker_error(&action, error);
+        self.declare_queues(&session, &id).await.map_err(fail)?;
+        if !is_sealed {
+            if since_ms != now_ms {
+                self.mend(&session, &id).await.map_err(fail)?;
+                self.declare_queues(&session, &id).await.map_err(fail)?;
+            }
+            self.seal().await?;
+            state::note_sealed(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
+        }
+        let client = self.clients.put(&id, since_ms, &limits);
+        client.wake();
+        Ok(())
+    }
+
+    /// Declares a client's queues, and what else is its own.
+    async fn declare_queues(&self, session: &Session, id: &ClientId) -> Result<(), lapin::Error> {
+        let (kind, has_users) = (self.options.queue_type, self.management.is_some());
+        let declared = session.control(async |channel| topology::declare_client(channel, id, kind).await).await;
+        match declared {
+            // The stand-in for an earlier client of this name, if that is what is in the way.
+            Err(error) if fault_of(&error) == Fault::Conflict && self.remove_stand_in(session, id).await => {
+                session.control(async |channel| topology::declare_client(channel, id, kind).await).await?;
+            }
+            declared => declared?,
+        }
+        if has_users {
+            session.control(async |channel| topology::declare_entrance(channel, id).await).await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes the stand-in of an earlier client's inbox. Returns whether there was one.
+    async fn remove_stand_in(&self, session: &Session, id: &ClientId) -> bool {
+        let name = topology::inbox(id);
+        // Declaring it once more succeeds only when that is what it is.
+        let is_stand_in = match state::stand_in(&self.db, id).await {
+            Ok(Some(expires_s)) => {
+                let check =
+                    session.control(async |channel| topology::declare_stand_in(channel, id, expires_s).await).await;
+                check.is_ok()
+            }
+            Ok(None) => false,
+            Err(error) => {
+                log::warn!("cannot tell what queue {name} is: {error}");
+                false
+            }
+        };
+        is_stand_in && session.control(async |channel| topology::delete_queue(channel, &name).await).await.is_ok()
+    }
+
+    /// See [`crate::broker::Broker::bind`].
+    pub(super) async fn bind(&self, id: ClientId, patterns: Vec<Pattern>) -> Result<(), BrokerError> {
+        let action = format!("bind queue {}", topology::inbox(&id));
+        let session = self.session(&action)?;
+        let client = self.clients.get(&id).ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, &action))?;
+        let unwanted = state::note_bindings(&self.db, &id, &patterns).await;
+        let unwanted = unwanted.map_err(|error| db_error(&action, error))?;
+        self.clients.set_patterns(&client, patterns, unwanted);
+        self.make_bindings(&session, &client).await.map_err(|error| broker_error(&action, error))
+    }
+
+    /// Makes a client's bindings what they should be.
+    async fn make_bindings(&self, session: &Session, client: &Client) -> Result<(), lapin::Error> {
+        let (wanted, unwanted) = client.patterns();
+        if wanted.is_empty() && unwanted.is_empty() {
+            return Ok(());
+        }
+        let inbox = topology::inbox(&client.id);
+        session
+            .control(async |channel| {
+                // New ones first: a message that matches an old pattern and a new one is not to miss both.
+                let binds = wanted.iter().map(|p| topology::bind(channel, &inbox, topology::TOPIC, p.as_str()));
+                futures_util::future::try_join_all(binds).await?;
+                let unbinds = unwanted.iter().map(|p| topology::unbind(channel, &inbox, topology::TOPIC, p.as_str()));
+                futures_util::future::try_join_all(unbinds).await.map(|_| ())
+            })
+            .await?;
+        if !unwanted.is_empty() {
+            match state::forget_unwanted(&self.db, &client.id).await {
+                Ok(()) => self.clients.set_patterns(client, wanted, Vec::new()),
+                // They are taken away once more after the next reconnect.
+                Err(error) => log::warn!("cannot forget bindings of {} that are gone: {error}", client.id),
+            }
+        }
+        Ok(())
+    }
+
+    /// See [`crate::broker::Broker::delete_client`].
+    pub(super) async fn delete_client(self: &Arc<Self>, id: ClientId) -> Result<(), BrokerError> {
+        let action = format!("delete the queues of {id}");
+        let session = self.session(&action)?;
+        if let Some(client) = self.clients.get(&id) {
+            client.end();
+        }
+        if let Some(management) = &self.management {
+            // First, so that it cannot write any more.
+            management.delete_user(&id).await?;
+        }
+        let fail = |error| broker_error(&action, error);
+        session.control(async |channel| topology::delete_client(channel, &id).await).await.map_err(fail)?;
+        let now_s = Timestamp::now().as_millis().div_euclid(1000);
+        let last_due = state::last_due(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
+        if let Some(due_s) = last_due.filter(|due| *due >= now_s) {
+            let expires_s = due_s.abs_diff(now_s) + STAND_IN_MARGIN_S;
+            let noted = state::note_stand_in(&self.db, &id, expires_s, due_s).await;
+            noted.map_err(|error| db_error(&action, error))?;
+            let made = session.control(async |channel| topology::declare_stand_in(channel, &id, expires_s).await).await;
+            made.map_err(fail)?;
+        }
+        state::forget_client(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
+        self.clients.remove(&id);
+        Ok(())
+    }
+
+    /// Declares all that there should be: before messages flow in a new session.
+    pub(super) async fn declare_everything(self: &Arc<Self>, session: &Arc<Session>) -> Result<(), BrokerError> {
+        let kind = self.options.queue_type;
+        let internal = session.control(async |channel| topology::declare_internal(channel, kind).await).await;
+        internal.map_err(|error| broker_error("declare the backbone's own queues and exchanges", error))?;
+        let clients = self.clients.all();
+        let mut declared = futures_util::stream::iter(clients)
+            .map(|client| async move {
+                let declared = self.declare_again(session, &client).await;
+                declared.map_err(|error| (client, error))
+            })
+            .buffer_unordered(DECLARE_AT_ONCE);
+        while let Some(result) = declared.next().await {
+            let Err((client, error)) = result else { continue };
+            if fault_of(&error) == Fault::Connection {
+                return Err(broker_error(format!("declare the queues of {}", client.id), error));
+            }
+            // One client's trouble is not everybody's.
+            let error = broker_error(format!("declare the queues of {}", client.id), error);
+            log::error!("{error}");
+        }
+        Ok(())
+    }
+
+    /// Declares a known client again.
+    async fn declare_again(&self, session: &Session, client: &Client) -> Result<(), lapin::Error> {
+        self.declare_queues(session, &client.id).await?;
+        self.make_bindings(session, client).await
+    }
+
+    /// Something was not there: declares the client's things again, or the backbone's own.
+    pub(super) async fn repair(&self, client: Option<&Client>) {
+        let Ok(session) = self.session("declare again") else { return };
+        let kind = self.options.queue_type;
+        let result = match client {
+            Some(client) if client.is_gone() => return,
+            Some(client) => self.declare_again(&session, client).await,
+            None => session.control(async |channel| topology::declare_internal(channel, kind).await).await,
+        };
+        if let Err(error) = result {
+            let whose = client.map_or("the backbone", |client| client.id.as_str());
+            log::warn!("cannot declare what belongs to {whose} again: {error}");
+        }
+    }
+
+    /// After an error of a consumer: declares its queue again when that was the reason.
+    pub(super) async fn repair_queue(&self, queue: &Queue, error: &lapin::Error) {
+        if fault_of(error) == Fault::NotFound {
+            log::warn!("queue {queue} was deleted by somebody else; it is declared again");
+            self.repair(self.clients.owner(queue).as_deref()).await;
+        }
+    }
+
+    /// Messages that are ready in a queue.
+    pub(super) async fn count_ready(&self, name: &str) -> Result<u64, BrokerError> {
+        let action = format!("count queue {name}");
+        let session = self.session(&action)?;
+        let counted = session.control(async |channel| topology::count(channel, name).await).await;
+        counted.map_err(|error| broker_error(action, error))
+    }
+
+    /// Messages of a queue that has no puller: ready, and in consumers of this process.
+    async fn count(&self, queue: &Queue, client: Option<&Client>) -> Result<u64, BrokerError> {
+        let name = queue.to_string();
+        let consumers = match client {
+            Some(client) => client.consumers().into_iter().filter(|core| core.queue == *queue).collect(),
+            None => self.consumers_of(&name),
+        };
+        let (mut ready, mut held) = (None, 0);
+        for core in consumers {
+            let (asked, here) =
+                core.depth().await.map_err(|error| broker_error(format!("count queue {name}"), error))?;
+            ready = asked.or(ready);
+            held += here;
+        }
+        match ready {
+            Some(ready) => Ok(ready + held),
+            None => Ok(self.count_ready(&name).await? + held),
+        }
+    }
+
+    /// Messages of an inbox, but for those that are delayed.
+    pub(super) async fn inbox_depth(&self, client: &Client) -> Result<InboxDepth, BrokerError> {
+        let queue = Queue::Inbox(client.id.clone());
+        let action = || format!("count queue {queue}");
+        let (mut ready, mut held) = (None, 0);
+        if let Some(puller) = client.puller() {
+            (ready, held) = puller.depth().await.map_err(|error| broker_error(action(), error))?;
+        }
+        for core in client.consumers().into_iter().filter(|core| core.queue == queue) {
+            let (asked, here) = core.depth().await.map_err(|error| broker_error(action(), error))?;
+            ready = asked.or(ready);
+            held += here;
+        }
+        let ready = match ready {
+            Some(ready) => ready,
+            None => self.count_ready(&queue.to_string()).await?,
+        };
+        Ok(InboxDepth { ready, held })
+    }
+
+    /// See [`crate::broker::Broker::depths`].
+    pub(super) async fn depths(&self, id: &ClientId) -> Result<Depths, BrokerError> {
+        let action = format!("count the messages of {id}");
+        self.session(&action)?;
+        let client = self.clients.get(id).ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, action))?;
+        let counted = self.count_all(&client).await;
+        match counted {
+            Err(error) if error.kind == BrokerErrorKind::NotFound => {
+                log::warn!("a queue of {id} was deleted by somebody else; it is declared again");
+                self.repair(Some(&client)).await;
+                self.count_all(&client).await
+            }
+            counted => counted,
+        }
+    }
+
+    async fn count_all(&self, client: &Client) -> Result<Depths, BrokerError> {
+        let (outbox, notify) = (Queue::Outbox(client.id.clone()), Queue::Notify(client.id.clone()));
+        let dead = topology::dead(&client.id);
+        let (outbox, notify, inbox, dead) = futures_util::try_join!(
+            self.count(&outbox, Some(client)),
+            self.count(&notify, Some(client)),
+            self.inbox_depth(client),
+            self.count_ready(&dead),
+        )?;
+        let delayed = client.delayed(Timestamp::now().as_millis().div_euclid(1000));
+        Ok(Depths { outbox, notify, inbox: inbox.ready + inbox.held + delayed, dead })
+    }
+
+    /// See [`crate::broker::Broker::internal_depths`].
+    pub(super) async fn internal_depths(&self) -> Result<Vec<(&'static str, u64)>, BrokerError> {
+        let publish = self.count(&Queue::Publish, None).await?;
+        let unrouted = self.count(&Queue::Unrouted, None).await?;
+        Ok(vec![(topology::PUBLISH, publish), (topology::UNROUTED, unrouted)])
+    }
+}
+
+/// How much longer than the last delayed message the stand-in for an inbox is kept, in seconds: RabbitMQ tries every
+/// three minutes what it could not dead-letter.
+const STAND_IN_MARGIN_S: u64 = 600;

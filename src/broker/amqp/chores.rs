@@ -1,0 +1,98 @@
+//! What is done from time to time: limits, forgetting what counts no more, and looking after what somebody else may have
+//! deleted.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use super::link::{Link, wait_up};
+use super::{Shared, limits, state};
+use crate::time::Timestamp;
+
+/// How often old ids and past delays are forgotten.
+const FORGET_EVERY: Duration = Duration::from_secs(5);
+
+/// Clients whose things are declared again in a second, one after the other: what was deleted by somebody else, and
+/// nothing else shows, is back after a round.
+const AUDITS_PER_SECOND: u32 = 5;
+
+/// Runs until the broker is closed.
+pub(super) async fn run(shared: Arc<Shared>) {
+    let mut link = shared.link.subscribe();
+    tokio::select! {
+        _ = link.wait_for(Link::is_closed) => {}
+        () = sweep(&shared) => {}
+        () = forget(&shared) => {}
+        () = audit(&shared) => {}
+        () = mend(&shared) => {}
+    }
+}
+
+async fn sweep(shared: &Arc<Shared>) {
+    let mut ticks = every(limits::SWEEP_EVERY);
+    let mut link = shared.link.subscribe();
+    loop {
+        ticks.tick().await;
+        match wait_up(&mut link).await {
+            // Nothing can be moved while it takes no messages.
+            Some(session) if session.blocked().is_none() => limits::sweep(shared).await,
+            Some(_) => {}
+            None => return,
+        }
+    }
+}
+
+async fn forget(shared: &Arc<Shared>) {
+    let mut ticks = every(FORGET_EVERY);
+    loop {
+        ticks.tick().await;
+        let now_s = Timestamp::now().as_millis().div_euclid(1000);
+        let forgotten = match state::forget_due(&shared.db, now_s).await {
+            Ok(()) => shared.dedup.forget_old().await,
+            failed => failed,
+        };
+        if let Err(error) = forgotten {
+            log::warn!("what counts no more is forgotten later: {error}");
+        }
+    }
+}
+
+async fn audit(shared: &Arc<Shared>) {
+    let mut ticks = every(Duration::from_secs(1) / AUDITS_PER_SECOND);
+    let mut link = shared.link.subscribe();
+    loop {
+        for client in shared.clients.all() {
+            ticks.tick().await;
+            if wait_up(&mut link).await.is_none() {
+                return;
+            }
+            shared.repair(Some(&client)).await;
+        }
+        ticks.tick().await;
+    }
+}
+
+/// Declares the backbone's own things again when one was found missing.
+async fn mend(shared: &Arc<Shared>) {
+    let mut link = shared.link.subscribe();
+    loop {
+        let Some(session) = wait_up(&mut link).await else { return };
+        tokio::select! {
+            () = session.suspected() => {
+                log::warn!("an exchange was deleted by somebody else; it is declared again");
+                let begun = Instant::now();
+                shared.repair(None).await;
+                // Not in a tight loop, should that not help.
+                tokio::time::sleep_until(begun + Duration::from_secs(1)).await;
+            }
+            _ = link.changed() => {}
+        }
+    }
+}
+
+fn every(period: Duration) -> tokio::time::Interval {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}

@@ -1,0 +1,160 @@
+//! A delivery that RabbitMQ handed to this process and that is not settled, and how often it was handed out.
+//!
+//! RabbitMQ counts returns on quorum queues, and not at all on classic ones. And it counts what this process had only
+//! taken in advance, and gave back before anyone saw it. So what comes back is remembered here for a while with its
+//! true count; only what is not remembered (after a restart, or from long ago) goes by RabbitMQ's.
+//!
+//! An acknowledgement is not confirmed, and a broker that is killed forgets the last of them. So what receivers have
+//! settled is remembered as well, and dropped when it comes again.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::hash::{Hash as _, Hasher as _};
+use std::sync::Arc;
+
+use lapin::message::Delivery;
+use parking_lot::Mutex;
+
+use super::intake::IntakeChannel;
+use super::wire::{self, Counts, Read, Trusted};
+use crate::broker::Payload;
+
+/// Returned messages whose counts are remembered, and settled ones that are remembered as such.
+const REMEMBERED_MAX: usize = 100_000;
+
+/// See the module.
+pub(super) struct Held {
+    /// What came.
+    pub(super) payload: Payload,
+    /// What it carried.
+    pub(super) counts: Counts,
+    /// How often it was handed out before.
+    pub(super) before: u32,
+    /// Where it must be settled.
+    pub(super) channel: Arc<IntakeChannel>,
+    /// Under this tag.
+    pub(super) tag: u64,
+    /// What it is remembered by.
+    pub(super) key: u64,
+    /// It was settled for good before, and RabbitMQ lost that.
+    pub(super) is_gone: bool,
+}
+
+impl Held {
+    /// Takes a delivery in. `queue` is where it came from.
+    pub(super) fn new(
+        delivery: Delivery,
+        channel: &Arc<IntakeChannel>,
+        queue: &str,
+        trusted: Option<&Trusted>,
+        memory: &ReturnMemory,
+    ) -> Self {
+        let Delivery { delivery_tag: tag, redelivered, properties, data, .. } = delivery;
+        let read = wire::read(&properties, data, trusted);
+        let key = key_of(queue, &read);
+        let before = if redelivered { memory.recall(key, &read) } else { read.counts.deliveries };
+        let is_gone = redelivered && memory.is_gone(key);
+        let Read { payload, counts, .. } = read;
+        Self { payload, counts, before, channel: Arc::clone(channel), tag, key, is_gone }
+    }
+}
+
+/// What a message is recognised by when it comes back: the queue, and its sender and id. Foreign ones by their bytes.
+fn key_of(queue: &str, read: &Read) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    queue.hash(&mut hasher);
+    match &read.payload {
+        Payload::Message(message) => (&message.sender, &message.id).hash(&mut hasher),
+        Payload::Foreign(foreign) => (&foreign.body, &foreign.message_id).hash(&mut hasher),
+    }
+    hasher.finish()
+}
+
+/// How often messages were handed out that went back to their queues. Forgets the oldest.
+#[derive(Default)]
+pub(super) struct ReturnMemory {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    counts: HashMap<u64, u32>,
+    order: VecDeque<u64>,
+    gone: HashSet<u64>,
+    gone_order: VecDeque<u64>,
+}
+
+impl ReturnMemory {
+    /// Notes that a message goes back, after it was handed out so often.
+    pub(super) fn note(&self, key: u64, handed_out: u32) {
+        let mut inner = self.inner.lock();
+        if inner.counts.insert(key, handed_out).is_none() {
+            inner.order.push_back(key);
+        }
+        // What was recalled meanwhile is in the order still; it goes when its turn comes.
+        while inner.order.len() > REMEMBERED_MAX {
+            if let Some(oldest) = inner.order.pop_front() {
+                inner.counts.remove(&oldest);
+            }
+        }
+    }
+
+    /// Notes messages that were settled for good.
+    pub(super) fn note_gone(&self, keys: impl IntoIterator<Item = u64>) {
+        let mut inner = self.inner.lock();
+        for key in keys {
+            if inner.gone.insert(key) {
+                inner.gone_order.push_back(key);
+            }
+            if inner.gone_order.len() > REMEMBERED_MAX
+                && let Some(oldest) = inner.gone_order.pop_front()
+            {
+                inner.gone.remove(&oldest);
+            }
+        }
+    }
+
+    fn is_gone(&self, key: u64) -> bool {
+        self.inner.lock().gone.contains(&key)
+    }
+
+    /// How often a message that came back was handed out before.
+    fn recall(&self, key: u64, read: &Read) -> u32 {
+        let remembered = self.inner.lock().counts.remove(&key);
+        remembered.unwrap_or_else(|| read.counts.deliveries.saturating_add(read.returned.unwrap_or(1)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broker::Foreign;
+
+    fn read(returned: Option<u32>) -> Read {
+        let foreign = Foreign { body: "x".into(), message_id: None, traceparent: None };
+        let counts = Counts { deliveries: 2, ..Counts::fresh() };
+        Read { payload: Payload::Foreign(foreign), counts, returned }
+    }
+
+    #[test]
+    fn what_is_remembered_counts_more_than_what_the_broker_says() {
+        let memory = ReturnMemory::default();
+        let key = key_of("a-inbox", &read(None));
+        memory.note(key, 5);
+        assert_eq!(memory.recall(key, &read(Some(9))), 5);
+        // Recalled once, then the broker's word counts, or else the bare fact that it came back.
+        assert_eq!(memory.recall(key, &read(Some(9))), 11);
+        assert_eq!(memory.recall(key, &read(None)), 3);
+        assert_ne!(key, key_of("b-inbox", &read(None)));
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let memory = ReturnMemory::default();
+        for key in 0..REMEMBERED_MAX as u64 + 10 {
+            memory.note(key, 1);
+        }
+        let inner = memory.inner.lock();
+        assert_eq!((inner.counts.len(), inner.order.len()), (REMEMBERED_MAX, REMEMBERED_MAX));
+        assert!(!inner.counts.contains_key(&9) && inner.counts.contains_key(&10));
+    }
+}

@@ -1,0 +1,377 @@
+//! Publishing: one channel with one task, and a window of confirms.
+//!
+//! What is handed to a lane leaves in that order, because one task puts it in line. A message counts as published when
+//! RabbitMQ has confirmed it and did not return it. A returned message comes attached to any confirm, so it is matched
+//! by what it is (its target and its id), and a confirm is judged only after every confirm that was there with it.
+
+use std::collections::HashMap;
+use std::hash::{Hash as _, Hasher as _};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
+use lapin::options::BasicPublishOptions;
+use lapin::types::ShortString;
+use lapin::{BasicProperties, Channel, Confirmation};
+use tokio::sync::{mpsc, watch};
+
+use super::error::{Fault, fault_of};
+use super::link::{Link, wait_up};
+use super::runtime::AmqpThread;
+use super::session::{Role, Session};
+
+/// Messages that may be on their way to a confirm, on one channel.
+const WINDOW_MESSAGES: usize = 1024;
+
+/// Their bytes.
+const WINDOW_BYTES: usize = 16 << 20;
+
+/// Batches that may wait for room in the window; further senders wait to hand theirs over.
+const JOBS_WAITING: usize = 64;
+
+/// A confirm that takes longer means that its queue has no leader or the channel is stuck. The channel is then given
+/// up, so that others' messages do not wait behind it for ever.
+const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A message to be published.
+#[derive(Debug, Clone)]
+pub(super) struct Outgoing {
+    /// Empty: the default exchange.
+    pub(super) exchange: ShortString,
+    /// Routing key.
+    pub(super) key: ShortString,
+    /// See `wire`.
+    pub(super) properties: BasicProperties,
+    /// Its body.
+    pub(super) body: Bytes,
+}
+
+/// Why a message was not published.
+#[derive(Debug, Clone)]
+pub(super) enum Refusal {
+    /// It reached no queue.
+    Unroutable,
+    /// RabbitMQ refused it.
+    Refused,
+    /// The channel or the connection broke first: it may have been published or not.
+    Lost(Arc<str>),
+    /// The broker was closed.
+    Closed,
+}
+
+/// What became of a message.
+pub(super) type Fate = Result<(), Refusal>;
+
+/// Called on the AMQP thread with the fate of each message of a batch, in order. Must not block.
+pub(super) type Done = Box<dyn FnOnce(Vec<Fate>) + Send>;
+
+struct Job {
+    messages: Vec<Outgoing>,
+    done: Done,
+}
+
+/// See the module.
+pub(super) struct Lane {
+    jobs: mpsc::Sender<Job>,
+    /// Batches that were handed over and whose fate is not known.
+    pending: Arc<AtomicUsize>,
+}
+
+impl Lane {
+    /// Starts a lane on the connection for `role` of each session.
+    pub(super) fn start(thread: &AmqpThread, role: Role, link: watch::Receiver<Link>) -> Self {
+        let (sender, jobs) = mpsc::channel(JOBS_WAITING);
+        thread.spawn(run(role, link, jobs));
+        Self { jobs: sender, pending: Arc::default() }
+    }
+
+    /// Whether nothing is on its way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.pending.load(Ordering::Acquire) == 0
+    }
+
+    /// Hands a batch over. When the future is dropped, all of the batch was handed over, or none. `done` is called in
+    /// either case that it was.
+    ///
+    /// # Errors
+    /// When the broker is closed.
+    pub(super) async fn send(&self, messages: Vec<Outgoing>, done: Done) -> Result<(), Refusal> {
+        let permit = self.jobs.reserve().await.map_err(|_| Refusal::Closed)?;
+        let pending = Arc::clone(&self.pending);
+        pending.fetch_add(1, Ordering::AcqRel);
+        let done = Box::new(move |fates| {
+            done(fates);
+            pending.fetch_sub(1, Ordering::AcqRel);
+        });
+        permit.send(Job { messages, done });
+        Ok(())
+    }
+}
+
+async fn run(role: Role, mut link: watch::Receiver<Link>, mut jobs: mpsc::Receiver<Job>) {
+    loop {
+        let state = link.borrow_and_update().clone();
+        match state {
+            Link::Up(session) => {
+                if let Err(error) = serve(role, &session, &mut link, &mut jobs).await {
+                    log::warn!("a publishing channel is opened again: {error}");
+                    if !session.is_alive() {
+                        // Its end is about to be told; until then there is no use in trying.
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                }
+            }
+            Link::Down(why) => {
+                // Nothing waits for a broker that is away: senders are told to come again.
+                tokio::select! {
+                    _ = link.changed() => {}
+                    job = jobs.recv() => match job {
+                        Some(job) => refuse(job, &Refusal::Lost(Arc::clone(&why))),
+                        None => return,
+                    }
+                }
+            }
+            Link::Closed => break,
+        }
+        if wait_up(&mut link.clone()).now_or_never().is_some_and(|up| up.is_none()) {
+            break;
+        }
+    }
+    jobs.close();
+    while let Some(job) = jobs.recv().await {
+        refuse(job, &Refusal::Closed);
+    }
+}
+
+fn refuse(job: Job, why: &Refusal) {
+    (job.done)(vec![Err(why.clone()); job.messages.len()]);
+}
+
+/// Publishes on one channel until that, or the session, ends.
+async fn serve(
+    role: Role,
+    session: &Session,
+    link: &mut watch::Receiver<Link>,
+    jobs: &mut mpsc::Receiver<Job>,
+) -> Result<(), lapin::Error> {
+    let channel = Arc::new(session.publisher(role).await?);
+    let mut window = Window::default();
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let ended = loop {
+        window.fill(&channel).await;
+        tokio::select! {
+            Some(first) = window.confirms.next(), if !window.confirms.is_empty() => {
+                window.settle(first);
+                if !channel.status().connected() && window.confirms.is_empty() {
+                    break "it was closed";
+                }
+            }
+            job = jobs.recv(), if window.takes_jobs() => match job {
+                Some(job) => window.add(job),
+                None => return Ok(()),
+            },
+            _ = ticks.tick() => {
+                if !channel.status().connected() {
+                    break "it was closed";
+                }
+                if session.blocked().is_none() && window.is_stuck() {
+                    break "a confirm did not come";
+                }
+            }
+            // The end of a session shows in its channels as well; this says it when nothing is under way.
+            _ = link.changed() => break "the session ended",
+        }
+    };
+    // Lapin fails what is pending on a dead channel; a stuck one is closed, which does the same.
+    if channel.status().connected() && session.is_alive() {
+        let _ = tokio::time::timeout(Duration::from_secs(1), channel.close(200, ShortString::from("stuck"))).await;
+    }
+    if window.give_up(ended).await {
+        session.suspect_topology();
+    }
+    Ok(())
+}
+
+type Confirm = Pin<Box<dyn Future<Output = (u64, Result<Confirmation, lapin::Error>)> + Send>>;
+
+/// What is on its way.
+#[derive(Default)]
+struct Window {
+    confirms: FuturesUnordered<Confirm>,
+    flights: HashMap<u64, Flight>,
+    bytes: usize,
+    next_flight: u64,
+    batches: HashMap<u64, Batch>,
+    next_batch: u64,
+    /// The batch that is being put in line, and what is left of it.
+    current: Option<(u64, usize, std::vec::IntoIter<Outgoing>)>,
+    /// Returned messages that no confirm was judged by yet.
+    returned: HashMap<u64, u32>,
+    /// The channel was closed because an exchange is not there.
+    is_suspect: bool,
+}
+
+/// One message on its way.
+struct Flight {
+    batch: u64,
+    index: usize,
+    what: u64,
+    bytes: usize,
+    since: Instant,
+}
+
+/// A batch whose messages are on their way.
+struct Batch {
+    fates: Vec<Option<Fate>>,
+    left: usize,
+    done: Done,
+}
+
+impl Window {
+    fn takes_jobs(&self) -> bool {
+        self.current.is_none() && self.has_room()
+    }
+
+    fn has_room(&self) -> bool {
+        self.flights.len() < WINDOW_MESSAGES && self.bytes < WINDOW_BYTES
+    }
+
+    fn is_stuck(&self) -> bool {
+        self.flights.values().any(|flight| flight.since.elapsed() > CONFIRM_TIMEOUT)
+    }
+
+    fn add(&mut self, job: Job) {
+        let count = job.messages.len();
+        if count == 0 {
+            return (job.done)(Vec::new());
+        }
+        let number = self.next_batch;
+        self.next_batch += 1;
+        self.batches.insert(number, Batch { fates: vec![None; count], left: count, done: job.done });
+        self.current = Some((number, 0, job.messages.into_iter()));
+    }
+
+    /// Puts messages of the current batch in line, as many as there is room for.
+    async fn fill(&mut self, channel: &Arc<Channel>) {
+        while self.has_room() {
+            let Some((batch, index, rest)) = &mut self.current else { return };
+            let Some(message) = rest.next() else {
+                self.current = None;
+                return;
+            };
+            let (batch, at) = (*batch, *index);
+            *index += 1;
+            let flight = self.next_flight;
+            self.next_flight += 1;
+            let what = identity(&message.exchange, &message.key, &message.properties);
+            let bytes = message.body.len();
+            self.flights.insert(flight, Flight { batch, index: at, what, bytes, since: Instant::now() });
+            self.bytes += bytes;
+            let mut confirm = publish(flight, Arc::clone(channel), message);
+            // Polled here for the first time: that puts its frames in line, so messages leave in this order.
+            match futures_util::poll!(&mut confirm) {
+                std::task::Poll::Ready(result) => self.settle(result),
+                std::task::Poll::Pending => self.confirms.push(confirm),
+            }
+        }
+    }
+
+    /// Judges this confirm and all that are there with it.
+    ///
+    /// Lapin attaches a returned message to whichever confirm it completes next. It completes them one after the other
+    /// on one thread, so when one came without a message, every message that was returned before it has been attached
+    /// to a confirm that is complete as well; and those are taken here until there is no more.
+    fn settle(&mut self, first: (u64, Result<Confirmation, lapin::Error>)) {
+        let mut acked = Vec::new();
+        let mut next = Some(first);
+        while let Some((flight, result)) = next {
+            match result {
+                Ok(confirmation) => {
+                    let fate = if confirmation.is_nack() { Err(Refusal::Refused) } else { Ok(()) };
+                    if let Some(message) = confirmation.take_message() {
+                        let delivery = &message.delivery;
+                        let what = identity(&delivery.exchange, &delivery.routing_key, &delivery.properties);
+                        *self.returned.entry(what).or_default() += 1;
+                    }
+                    acked.push((flight, fate));
+                }
+                Err(error) => {
+                    self.is_suspect |= fault_of(&error) == Fault::NotFound;
+                    self.land(flight, Err(Refusal::Lost(error.to_string().into())));
+                }
+            }
+            next = self.confirms.next().now_or_never().flatten();
+        }
+        for (flight, mut fate) in acked {
+            let what = self.flights.get(&flight).map(|flight| flight.what);
+            if let Some(what) = what.filter(|_| fate.is_ok() && !self.returned.is_empty())
+                && let std::collections::hash_map::Entry::Occupied(mut count) = self.returned.entry(what)
+            {
+                fate = Err(Refusal::Unroutable);
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+            self.land(flight, fate);
+        }
+    }
+
+    /// A message has met its fate.
+    fn land(&mut self, flight: u64, fate: Fate) {
+        let Some(flight) = self.flights.remove(&flight) else { return };
+        self.bytes -= flight.bytes;
+        let std::collections::hash_map::Entry::Occupied(mut batch) = self.batches.entry(flight.batch) else { return };
+        batch.get_mut().fates[flight.index] = Some(fate);
+        batch.get_mut().left -= 1;
+        if batch.get().left == 0 {
+            let batch = batch.remove();
+            (batch.done)(batch.fates.into_iter().map(|fate| fate.unwrap_or(Err(Refusal::Closed))).collect());
+        }
+    }
+
+    /// The channel has ended: everything that is on its way, or waiting for it, is lost. Returns whether an exchange was
+    /// missing.
+    async fn give_up(mut self, why: &str) -> bool {
+        let last = tokio::time::sleep(Duration::from_secs(2));
+        tokio::pin!(last);
+        while !self.confirms.is_empty() {
+            tokio::select! {
+                Some(confirm) = self.confirms.next() => self.settle(confirm),
+                () = &mut last => break,
+            }
+        }
+        for (_, batch) in self.batches.drain() {
+            let lost = || Err(Refusal::Lost(why.into()));
+            (batch.done)(batch.fates.into_iter().map(|fate| fate.unwrap_or_else(lost)).collect());
+        }
+        self.is_suspect
+    }
+}
+
+/// Publishes and waits for the confirm.
+fn publish(flight: u64, channel: Arc<Channel>, message: Outgoing) -> Confirm {
+    Box::pin(async move {
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let Outgoing { exchange, key, properties, body } = message;
+        let result = match channel.basic_publish(exchange, key, options, &body, properties).await {
+            Ok(confirm) => confirm.await,
+            Err(error) => Err(error),
+        };
+        (flight, result)
+    })
+}
+
+/// What a returned message is recognised by.
+fn identity(exchange: &ShortString, key: &ShortString, properties: &BasicProperties) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    exchange.as_str().hash(&mut hasher);
+    key.as_str().hash(&mut hasher);
+    properties.message_id().as_ref().map(ShortString::as_str).hash(&mut hasher);
+    hasher.finish()
+}

@@ -1,0 +1,166 @@
+//! Inbox limits: past `max_inbox_messages` and `inbox_ttl_s` the oldest become dead letters.
+//!
+//! Limits change by PATCH, and arguments of a queue cannot; and what RabbitMQ drops by itself it dead-letters without
+//! a confirm. So limited inboxes are looked at every [`SWEEP_EVERY`]: a limit holds to within about a second or two.
+//! Times count from when a message came into the inbox, and are kept in whole seconds, never too early.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+
+use super::Shared;
+use super::clients::Client;
+use super::harvest::Harvest;
+use super::held::Held;
+use super::settle::bury;
+use super::topology;
+use super::wire;
+use crate::broker::{BrokerError, DeadReason, Payload};
+
+/// How often limited inboxes are looked at.
+pub(super) const SWEEP_EVERY: Duration = Duration::from_millis(500);
+
+/// Inboxes looked at side by side.
+const AT_ONCE: usize = 8;
+
+/// Messages moved at a time.
+const CHUNK: usize = 500;
+
+/// The front of an inbox is looked at again after this at the latest, although what was there had time left: an older
+/// message may have been given back.
+const LOOK_AGAIN_S: u64 = 30;
+
+/// Looks at every limited inbox once.
+pub(super) async fn sweep(shared: &Arc<Shared>) {
+    let limited = shared.clients.all().into_iter().filter(|client| {
+        let limits = client.limits();
+        limits.max_inbox_messages.is_some() || limits.inbox_ttl_s.is_some()
+    });
+    futures_util::stream::iter(limited)
+        .for_each_concurrent(AT_ONCE, |client| async move {
+            if let Err(error) = sweep_one(shared, &client).await
+                && !client.is_gone()
+            {
+                log::debug!("the limits of {} are enforced later: {error}", client.id);
+            }
+        })
+        .await;
+}
+
+async fn sweep_one(shared: &Arc<Shared>, client: &Client) -> Result<(), BrokerError> {
+    let limits = client.limits();
+    let depth = shared.inbox_depth(client).await?;
+    if let Some(ttl_s) = limits.inbox_ttl_s {
+        expire(shared, client, ttl_s, depth.ready).await?;
+    }
+    if let Some(most) = limits.max_inbox_messages {
+        let depth = if limits.inbox_ttl_s.is_some() { shared.inbox_depth(client).await? } else { depth };
+        let excess = (depth.ready + depth.held).saturating_sub(most);
+        push_out(shared, client, excess, depth.ready).await?;
+    }
+    Ok(())
+}
+
+/// Makes dead letters of what has waited too long.
+async fn expire(shared: &Arc<Shared>, client: &Client, ttl_s: u64, ready: u64) -> Result<(), BrokerError> {
+    let now_s = wire::now_s();
+    // A second more: the times are cut off.
+    let expires_s = |held: &Held| held.counts.since_s.saturating_add(ttl_s).saturating_add(1);
+    if let Some(puller) = client.puller() {
+        let old = puller.take_waiting(|held| expires_s(held) <= now_s);
+        bury(shared, &client.id, with_attempts(old), DeadReason::Expired).await?;
+    }
+    if ready == 0 || now_s < client.next_look_s() {
+        return Ok(());
+    }
+    let mut harvest = Harvest::new(shared, topology::inbox(&client.id));
+    loop {
+        let Chunk { dying, next, is_end } = take_chunk(shared, client, &mut harvest, CHUNK, |held| {
+            let expires_s = expires_s(held);
+            if expires_s <= now_s { Ok(()) } else { Err(expires_s) }
+        })
+        .await?;
+        client.set_next_look_s(next.unwrap_or(0).min(now_s + LOOK_AGAIN_S));
+        bury(shared, &client.id, with_attempts(dying), DeadReason::Expired).await?;
+        if is_end || next.is_some() {
+            return Ok(());
+        }
+    }
+}
+
+/// Makes dead letters of the oldest that nobody has taken.
+async fn push_out(shared: &Arc<Shared>, client: &Client, excess: u64, ready: u64) -> Result<(), BrokerError> {
+    let mut left = excess;
+    if left == 0 {
+        return Ok(());
+    }
+    if let Some(puller) = client.puller() {
+        let oldest = puller.take_waiting(|_| {
+            let dies = left > 0;
+            left -= u64::from(dies);
+            dies
+        });
+        bury(shared, &client.id, with_attempts(oldest), DeadReason::InboxFull).await?;
+    }
+    let mut left = left.min(ready);
+    let mut harvest = Harvest::new(shared, topology::inbox(&client.id));
+    while left > 0 {
+        let most = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+        let Chunk { dying, is_end, .. } = take_chunk(shared, client, &mut harvest, most, |_| Ok(())).await?;
+        left = left.saturating_sub(dying.len() as u64);
+        bury(shared, &client.id, with_attempts(dying), DeadReason::InboxFull).await?;
+        if is_end {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+struct Chunk {
+    /// Those that die; everything else is given back.
+    dying: Vec<Held>,
+    /// When the first that does not die is to be looked at again.
+    next: Option<u64>,
+    /// There was no more.
+    is_end: bool,
+}
+
+/// Takes the next messages off the front, up to the first that need not die.
+async fn take_chunk(
+    shared: &Arc<Shared>,
+    client: &Client,
+    harvest: &mut Harvest<'_>,
+    most: usize,
+    judge: impl Fn(&Held) -> Result<(), u64>,
+) -> Result<Chunk, BrokerError> {
+    let (deliveries, channel) = harvest.next(most).await?;
+    let is_end = deliveries.is_empty();
+    let (mut dying, mut next) = (Vec::with_capacity(deliveries.len()), None);
+    let name = topology::inbox(&client.id);
+    for delivery in deliveries {
+        let held = Held::new(delivery, &channel, &name, None, &shared.memory);
+        let verdict = if next.is_none() { judge(&held) } else { Err(0) };
+        match verdict {
+            // What is no message is dealt with when it is read.
+            Ok(()) if matches!(held.payload, Payload::Message(_)) && !held.is_gone => dying.push(held),
+            verdict => {
+                // Looking at it does not count as handing it out.
+                shared.memory.note(held.key, held.before);
+                next = next.or(verdict.err());
+            }
+        }
+    }
+    let tags: Vec<u64> = dying.iter().map(|held| held.tag).collect();
+    harvest.release(&channel, &tags);
+    Ok(Chunk { dying, next, is_end })
+}
+
+fn with_attempts(held: Vec<Held>) -> Vec<(Held, u32)> {
+    held.into_iter()
+        .map(|held| {
+            let attempts = held.counts.attempts;
+            (held, attempts)
+        })
+        .collect()
+}

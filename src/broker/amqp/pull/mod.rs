@@ -1,0 +1,392 @@
+//! Pulling: leases and long polls, built from unacknowledged deliveries.
+//!
+//! While a client pulls, and for a moment after, a consumer of its inbox fills a buffer here (`task`); a pull takes
+//! from the buffer. In auto mode what is taken is acknowledged first. A lease is a delivery that stays unacknowledged;
+//! when it runs out, the message goes back into the buffer, so that it is the next to be handed out, and when nobody
+//! pulls any more, back to RabbitMQ, where an AMQP client may read it (`state`).
+//!
+//! A pull that finds less than it asks for makes sure first that RabbitMQ has no more to give: otherwise how much it
+//! got would depend on how fast the first deliveries are.
+
+mod state;
+mod task;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+
+use self::state::{Store, Taken, Waiting};
+use super::Shared;
+use super::clients::Client;
+use super::error::unavailable;
+use super::held::Held;
+use super::intake::{IntakeChannel, Subscription};
+use super::settle;
+use super::topology;
+use crate::broker::{BrokerError, BrokerErrorKind, PullMode, Pulled, Queue, Receipt};
+use crate::client::ClientId;
+use crate::telemetry::Step;
+
+/// How long a pull that need not wait waits for its consumer to be there.
+const SUBSCRIBE_WITHIN: Duration = Duration::from_secs(10);
+
+/// For how long a pull believes RabbitMQ that there is more, when nothing comes.
+const MORE_WITHIN: Duration = Duration::from_secs(2);
+
+/// How often it asks again meanwhile.
+const ASK_AGAIN_AFTER: Duration = Duration::from_millis(10);
+
+/// See the module. One for each client that pulls.
+pub(super) struct Puller {
+    shared: Arc<Shared>,
+    /// Weak: the client has this.
+    client: Weak<Client>,
+    id: ClientId,
+    name: String,
+    queue: Queue,
+    inner: Mutex<Inner>,
+    /// Something came, or everything must be looked at again.
+    changed: Notify,
+    /// For the task that fills the buffer.
+    work: Notify,
+}
+
+struct Inner {
+    store: Store,
+    phase: Phase,
+    /// RabbitMQ may have more for us than is here, although there is room for it.
+    is_partial: bool,
+    /// Pulls under way.
+    pulls: usize,
+    /// The most that one of them asks for.
+    wanted: usize,
+    last_pull: Instant,
+    /// Whether the task runs.
+    is_running: bool,
+}
+
+enum Phase {
+    Idle,
+    Subscribing(oneshot::Receiver<Result<Subscription, lapin::Error>>),
+    Subscribed(Subscription),
+    /// What was not taken is being given back.
+    Ending(oneshot::Receiver<()>),
+}
+
+/// What is known of what could be pulled.
+enum View {
+    /// All that there is, or at least enough.
+    Complete,
+    /// This channel may be bringing more.
+    Partial(Arc<IntakeChannel>),
+    /// Nothing: there is no consumer that could bring more.
+    None,
+}
+
+/// Receipts of this process; counted for all inboxes together, so that one is good for its own only.
+static NEXT_RECEIPT: AtomicU64 = AtomicU64::new(1);
+
+fn receipt(number: u64, nonce: u64) -> Receipt {
+    Receipt(format!("{nonce:016x}-{number:x}"))
+}
+
+fn number_of(receipt: &Receipt, nonce: u64) -> Option<u64> {
+    let (_, number) = receipt.0.split_once('-')?;
+    let number = u64::from_str_radix(number, 16).ok()?;
+    (self::receipt(number, nonce) == *receipt).then_some(number)
+}
+
+impl Puller {
+    pub(super) fn new(shared: Arc<Shared>, client: &Arc<Client>) -> Arc<Self> {
+        let inner = Inner {
+            store: Store::new(Arc::clone(&shared.leased_bytes)),
+            phase: Phase::Idle,
+            is_partial: false,
+            pulls: 0,
+            wanted: 0,
+            last_pull: Instant::now(),
+            is_running: false,
+        };
+        Arc::new(Self {
+            shared,
+            id: client.id.clone(),
+            name: topology::inbox(&client.id),
+            queue: Queue::Inbox(client.id.clone()),
+            client: Arc::downgrade(client),
+            inner: Mutex::new(inner),
+            changed: Notify::new(),
+            work: Notify::new(),
+        })
+    }
+
+    /// Whether the client was deleted.
+    fn is_gone(&self) -> bool {
+        self.client.upgrade().is_none_or(|client| client.is_gone())
+    }
+
+    /// Makes everybody look again.
+    pub(super) fn wake(&self) {
+        self.work.notify_one();
+        self.changed.notify_waiters();
+    }
+
+    /// See [`crate::broker::Broker::pull`].
+    pub(super) async fn pull(
+        self: &Arc<Self>,
+        max: usize,
+        wait: Duration,
+        mode: PullMode,
+    ) -> Result<Vec<Pulled>, BrokerError> {
+        let action = || format!("pull from queue {}", self.name);
+        let _pull = self.enter(max);
+        let begun = Instant::now();
+        let mut link = self.shared.link.subscribe();
+        let mut is_late = false;
+        loop {
+            // Listening begins before anything is looked at, so no change is missed.
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if self.is_gone() {
+                return Err(BrokerError::new(BrokerErrorKind::NotFound, action()));
+            }
+            link.borrow_and_update().session(&action())?;
+            let until = match self.look(max) {
+                View::Complete => {
+                    let taken = self.take(max, mode);
+                    if !taken.is_empty() {
+                        return self.hand_over(taken, mode, &action()).await;
+                    }
+                    if is_late || wait.is_zero() {
+                        return Ok(Vec::new());
+                    }
+                    begun + wait
+                }
+                View::Partial(channel) => {
+                    if self.ask(&channel, begun).await {
+                        continue;
+                    }
+                    Instant::now() + ASK_AGAIN_AFTER
+                }
+                View::None if is_late => return Err(unavailable(action())),
+                View::None => begun + wait.max(SUBSCRIBE_WITHIN),
+            };
+            tokio::select! {
+                () = changed => {}
+                _ = link.changed() => {}
+                () = tokio::time::sleep_until(until) => is_late = Instant::now() >= begun + wait,
+            }
+        }
+    }
+
+    fn enter(self: &Arc<Self>, max: usize) -> Pull {
+        let mut inner = self.inner.lock();
+        inner.pulls += 1;
+        inner.wanted = if inner.pulls == 1 { max } else { inner.wanted.max(max) };
+        self.start(&mut inner);
+        drop(inner);
+        self.work.notify_one();
+        Pull(Arc::clone(self))
+    }
+
+    fn start(self: &Arc<Self>, inner: &mut Inner) {
+        if !inner.is_running {
+            inner.is_running = true;
+            self.shared.thread.spawn(task::run(Arc::clone(self)));
+        }
+    }
+
+    fn look(&self, max: usize) -> View {
+        let mut inner = self.inner.lock();
+        self.take_in(&mut inner, None);
+        if inner.store.waiting() >= max {
+            return View::Complete;
+        }
+        match &inner.phase {
+            Phase::Subscribed(subscription) if inner.is_partial => View::Partial(Arc::clone(&subscription.channel)),
+            Phase::Subscribed(subscription) if inner.store.outstanding() < usize::from(subscription.prefetch) => {
+                View::Complete
+            }
+            // All that it may have unsettled is unsettled: it must be told that we want more.
+            _ => View::None,
+        }
+    }
+
+    /// Asks RabbitMQ whether everything is here that it had for us. Returns whether that is known now.
+    async fn ask(&self, channel: &Arc<IntakeChannel>, since: Instant) -> bool {
+        let ready = match channel.round_trip(&self.name).await {
+            Ok(ready) => ready,
+            Err(error) => {
+                log::debug!("{}: {error}", self.name);
+                return false;
+            }
+        };
+        let mut inner = self.inner.lock();
+        self.take_in(&mut inner, None);
+        let Phase::Subscribed(subscription) = &inner.phase else { return true };
+        if !Arc::ptr_eq(&subscription.channel, channel) {
+            return true;
+        }
+        // Quorum queues hand out more only when they have written down what was acknowledged before.
+        let has_room = inner.store.outstanding() < usize::from(subscription.prefetch);
+        inner.is_partial = ready > 0 && has_room && since.elapsed() < MORE_WITHIN;
+        !inner.is_partial
+    }
+
+    /// Takes deliveries in. Returns whether anything changed.
+    fn take_in(&self, inner: &mut Inner, context: Option<&mut Context<'_>>) -> bool {
+        let is_look = context.is_none();
+        let mut nobody = Context::from_waker(std::task::Waker::noop());
+        let context = context.unwrap_or(&mut nobody);
+        let Inner { store, phase, is_partial, .. } = inner;
+        let mut has_changed = false;
+        while let Phase::Subscribed(subscription) = phase {
+            match subscription.consumer.poll_next_unpin(context) {
+                Poll::Ready(Some(Ok(delivery))) => {
+                    let memory = &self.shared.memory;
+                    let held = Held::new(delivery, &subscription.channel, &self.name, None, memory);
+                    if let Some(held) = settle::admit(&self.shared, &self.queue, held) {
+                        store.arrive(held);
+                        *is_partial |= store.outstanding() >= usize::from(subscription.prefetch);
+                    }
+                    has_changed = true;
+                }
+                Poll::Ready(Some(Err(_)) | None) => {
+                    *phase = Phase::Idle;
+                    store.drop_dead();
+                    has_changed = true;
+                }
+                Poll::Pending => break,
+            }
+        }
+        if is_look {
+            // The task has lost its place in line to this look.
+            self.work.notify_one();
+        }
+        has_changed
+    }
+
+    fn take(&self, max: usize, mode: PullMode) -> Vec<Taken> {
+        let taken = self.inner.lock().store.take(max, mode, || NEXT_RECEIPT.fetch_add(1, Ordering::Relaxed));
+        self.work.notify_one();
+        taken
+    }
+
+    /// What was taken, as the answer. In auto mode it is gone for good first.
+    async fn hand_over(&self, taken: Vec<Taken>, mode: PullMode, action: &str) -> Result<Vec<Pulled>, BrokerError> {
+        let shared = &self.shared;
+        let mut pulled = Vec::with_capacity(taken.len());
+        let mut gone = Vec::new();
+        for Taken { message, deliveries, held, lease } in taken {
+            let receipt = lease.map(|number| receipt(number, shared.nonce));
+            pulled.push(Pulled { message, deliveries, receipt });
+            gone.extend(held);
+        }
+        if mode == PullMode::Auto {
+            if let Err(error) = settle::acknowledge_and_flush(shared, gone).await {
+                // Whether they are gone is not known. Handed to nobody they may come again.
+                return Err(unavailable(format!("{action}: {error}")));
+            }
+            shared.telemetry.metrics.delivered.inc_by(pulled.len() as u64);
+            if shared.telemetry.traces.is_on() {
+                for one in &pulled {
+                    shared.telemetry.traces.record(&one.message, Step::Delivered(self.id.clone()));
+                }
+            }
+        }
+        Ok(pulled)
+    }
+
+    /// Takes leases out by their receipts; returns them, and the receipts that are not valid.
+    pub(super) fn end_leases(&self, receipts: Vec<Receipt>) -> (Vec<Leased>, Vec<Receipt>) {
+        let mut inner = self.inner.lock();
+        let (mut ended, mut unknown) = (Vec::new(), Vec::new());
+        for receipt in receipts {
+            match number_of(&receipt, self.shared.nonce).and_then(|number| inner.store.end_lease(number)) {
+                Some(waiting) => ended.push(Leased(waiting)),
+                None => unknown.push(receipt),
+            }
+        }
+        drop(inner);
+        self.work.notify_one();
+        (ended, unknown)
+    }
+
+    /// Makes messages the next to be handed out again.
+    pub(super) fn put_back(self: &Arc<Self>, ended: Vec<Leased>) {
+        let mut inner = self.inner.lock();
+        for Leased(waiting) in ended {
+            inner.store.put_back(waiting);
+        }
+        inner.store.drop_dead();
+        self.start(&mut inner);
+        drop(inner);
+        self.wake();
+    }
+
+    /// Takes the oldest of what nobody has taken, as long as `dies` says so.
+    pub(super) fn take_waiting(&self, dies: impl FnMut(&Held) -> bool) -> Vec<Held> {
+        self.inner.lock().store.take_while(dies)
+    }
+
+    /// Messages of the inbox that are ready in RabbitMQ, if that was asked, and those that are here.
+    pub(super) async fn depth(&self) -> Result<(Option<u64>, u64), lapin::Error> {
+        let channel = match &self.inner.lock().phase {
+            Phase::Subscribed(subscription) if subscription.channel.is_alive() => {
+                Some(Arc::clone(&subscription.channel))
+            }
+            _ => None,
+        };
+        let ready = match channel {
+            Some(channel) => Some(channel.round_trip(&self.name).await?),
+            None => None,
+        };
+        let mut inner = self.inner.lock();
+        self.take_in(&mut inner, None);
+        inner.store.drop_dead();
+        Ok((ready, inner.store.len() as u64))
+    }
+}
+
+/// A lease that was ended.
+pub(super) struct Leased(Waiting);
+
+impl Leased {
+    /// The delivery behind it.
+    pub(super) fn into_held(self) -> Held {
+        self.0.held
+    }
+}
+
+/// A pull under way.
+struct Pull(Arc<Puller>);
+
+impl Drop for Pull {
+    fn drop(&mut self) {
+        let mut inner = self.0.inner.lock();
+        inner.pulls -= 1;
+        inner.last_pull = Instant::now();
+        drop(inner);
+        self.0.work.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_receipt_is_read_as_it_was_written_only() {
+        let good = receipt(0x1f, 7);
+        assert_eq!(number_of(&good, 7), Some(0x1f));
+        for bad in ["", "-", "0000000000000007-", "7-1f", "0000000000000007-1F", "0000000000000007-01f", " "] {
+            assert_eq!(number_of(&Receipt(bad.into()), 7), None, "{bad}");
+        }
+        assert_eq!(number_of(&good, 8), None);
+    }
+}

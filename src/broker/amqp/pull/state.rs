@@ -1,0 +1,313 @@
+//! What a puller has: a buffer of what can be handed out, and leases on what was.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::super::held::Held;
+use crate::broker::{Payload, PullMode};
+use crate::envelope::SharedMessage;
+
+/// Bytes of leased messages of one client; past it a pull gets no more until some are settled.
+const LEASED_BYTES_MAX: usize = 64 << 20;
+
+/// The same once all clients together have leased this much.
+const LEASED_BYTES_SHARED: usize = 256 << 20;
+const LEASED_BYTES_MAX_THEN: usize = 1 << 20;
+
+/// A delivery must not stay unacknowledged for RabbitMQ's 30 minutes. One that is leased for longer is given back and
+/// taken again after this.
+pub(super) const RENEW_AFTER: Duration = Duration::from_secs(20 * 60);
+
+/// How long a renewed one may take to come again before its lease is given up.
+const RENEW_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long a message is taken to be before the first one was seen, in bytes: long, so that a first batch cannot be
+/// too much.
+const SIZE_AT_FIRST: usize = 256 << 10;
+
+/// A message that can be handed out.
+pub(super) struct Waiting {
+    pub(super) held: Held,
+    /// The subscription that it came by.
+    pub(super) generation: u64,
+    /// When it came.
+    since: Instant,
+}
+
+impl Waiting {
+    pub(super) fn new(held: Held, generation: u64) -> Self {
+        Self { held, generation, since: Instant::now() }
+    }
+
+    fn size(&self) -> usize {
+        match &self.held.payload {
+            Payload::Message(message) => message.size(),
+            Payload::Foreign(foreign) => foreign.body.len(),
+        }
+    }
+}
+
+struct Lease {
+    waiting: Waiting,
+    until: Instant,
+    /// It was given back to be taken again, and is expected until then.
+    renewed: Option<Instant>,
+}
+
+/// One message as it is handed out.
+pub(super) struct Taken {
+    pub(super) message: SharedMessage,
+    pub(super) deliveries: u32,
+    /// To be acknowledged, in auto mode.
+    pub(super) held: Option<Held>,
+    /// Its lease.
+    pub(super) lease: Option<u64>,
+}
+
+/// See the module.
+pub(super) struct Store {
+    /// Oldest first.
+    buffer: VecDeque<Waiting>,
+    leases: HashMap<u64, Lease>,
+    leased_bytes: usize,
+    deadlines: BTreeSet<(Instant, u64)>,
+    average_size: usize,
+    /// Present subscription's number, and how many of its deliveries are not settled.
+    generation: u64,
+    outstanding: usize,
+    /// Leased bytes of all clients.
+    leased_by_all: Arc<AtomicUsize>,
+}
+
+impl Store {
+    pub(super) fn new(leased_by_all: Arc<AtomicUsize>) -> Self {
+        Self {
+            buffer: VecDeque::new(),
+            leases: HashMap::new(),
+            leased_bytes: 0,
+            deadlines: BTreeSet::new(),
+            average_size: SIZE_AT_FIRST,
+            generation: 0,
+            outstanding: 0,
+            leased_by_all,
+        }
+    }
+
+    /// Messages that can be handed out.
+    pub(super) fn waiting(&self) -> usize {
+        self.buffer.len()
+    }
+
+    /// Messages that can be handed out, or are leased.
+    pub(super) fn len(&self) -> usize {
+        self.buffer.len() + self.leases.len()
+    }
+
+    /// How long the messages of this inbox are, in bytes: an average of the last ones.
+    pub(super) fn average_size(&self) -> usize {
+        self.average_size
+    }
+
+    /// Deliveries of the present subscription that are not settled.
+    pub(super) fn outstanding(&self) -> usize {
+        self.outstanding
+    }
+
+    /// A new subscription begins; returns its number.
+    pub(super) fn begin(&mut self) -> u64 {
+        self.generation += 1;
+        self.outstanding = 0;
+        self.generation
+    }
+
+    /// A delivery of the present subscription came.
+    pub(super) fn arrive(&mut self, held: Held) {
+        self.outstanding += 1;
+        let mut waiting = Waiting::new(held, self.generation);
+        self.average_size = (self.average_size * 7 + waiting.size()) / 8;
+        let key = waiting.held.key;
+        if let Some(lease) = self.leases.values_mut().find(|l| l.renewed.is_some() && l.waiting.held.key == key) {
+            // A lease waits for it, and goes on.
+            waiting.held.before = lease.waiting.held.before;
+            lease.waiting = waiting;
+            lease.renewed = None;
+        } else {
+            self.put(waiting);
+        }
+    }
+
+    /// One delivery is settled.
+    fn settled(&mut self, generation: u64) {
+        if generation == self.generation {
+            self.outstanding = self.outstanding.saturating_sub(1);
+        }
+    }
+
+    /// Into the buffer where it belongs: RabbitMQ numbers the deliveries of a channel by age.
+    fn put(&mut self, waiting: Waiting) {
+        let tag = waiting.held.tag;
+        let at = self.buffer.iter().rposition(|other| other.held.tag < tag).map_or(0, |before| before + 1);
+        self.buffer.insert(at, waiting);
+    }
+
+    /// Puts a message back that was handed out.
+    pub(super) fn put_back(&mut self, mut waiting: Waiting) {
+        if waiting.generation == self.generation {
+            self.outstanding += 1;
+        }
+        waiting.held.before += 1;
+        self.put(waiting);
+    }
+
+    fn pop(&mut self) -> Option<Waiting> {
+        self.buffer.pop_front()
+    }
+
+    /// Takes up to `max`, oldest first. `number` gives the next lease's number.
+    pub(super) fn take(&mut self, max: usize, mode: PullMode, mut number: impl FnMut() -> u64) -> Vec<Taken> {
+        self.drop_dead();
+        let mut taken = Vec::new();
+        while taken.len() < max {
+            if matches!(mode, PullMode::Lease(_)) && !self.may_lease() {
+                break;
+            }
+            let Some(waiting) = self.pop() else { break };
+            let Payload::Message(message) = &waiting.held.payload else { continue };
+            let (message, deliveries) = (Arc::clone(message), waiting.held.before + 1);
+            match mode {
+                PullMode::Auto => {
+                    self.settled(waiting.generation);
+                    taken.push(Taken { message, deliveries, held: Some(waiting.held), lease: None });
+                }
+                PullMode::Lease(lease) => {
+                    let number = number();
+                    self.lease(number, waiting, Instant::now() + lease);
+                    taken.push(Taken { message, deliveries, held: None, lease: Some(number) });
+                }
+            }
+        }
+        taken
+    }
+
+    /// Whether the next may be leased, as far as memory goes. One may always.
+    fn may_lease(&self) -> bool {
+        let all = self.leased_by_all.load(Ordering::Relaxed);
+        let most = if all < LEASED_BYTES_SHARED { LEASED_BYTES_MAX } else { LEASED_BYTES_MAX_THEN };
+        let next = self.buffer.front().map_or(0, Waiting::size);
+        self.leased_bytes == 0 || self.leased_bytes + next <= most
+    }
+
+    fn lease(&mut self, number: u64, waiting: Waiting, until: Instant) {
+        let size = waiting.size();
+        self.leased_bytes += size;
+        self.leased_by_all.fetch_add(size, Ordering::Relaxed);
+        self.deadlines.insert((until, number));
+        self.leases.insert(number, Lease { waiting, until, renewed: None });
+    }
+
+    fn remove_lease(&mut self, number: u64) -> Option<Lease> {
+        let lease = self.leases.remove(&number)?;
+        self.deadlines.remove(&(lease.until, number));
+        let size = lease.waiting.size();
+        self.leased_bytes -= size;
+        self.leased_by_all.fetch_sub(size, Ordering::Relaxed);
+        Some(lease)
+    }
+
+    /// Ends a lease before its time. `None` when there is none, or it has run out.
+    pub(super) fn end_lease(&mut self, number: u64) -> Option<Waiting> {
+        let lease = self.leases.get(&number)?;
+        let is_good = lease.until > Instant::now() && lease.renewed.is_none() && lease.waiting.held.channel.is_alive();
+        let waiting = self.remove_lease(number).filter(|_| is_good)?.waiting;
+        self.settled(waiting.generation);
+        Some(waiting)
+    }
+
+    /// Leases that have run out go back into the buffer. Returns whether there were any.
+    pub(super) fn expire(&mut self, now: Instant) -> bool {
+        let mut any = false;
+        while let Some((until, number)) = self.deadlines.first().copied()
+            && until <= now
+        {
+            let Some(Lease { waiting, renewed, .. }) = self.remove_lease(number) else { continue };
+            // One that was given back to be taken again comes by itself.
+            if renewed.is_none() && waiting.held.channel.is_alive() {
+                any = true;
+                self.settled(waiting.generation);
+                self.put_back(waiting);
+            }
+        }
+        any
+    }
+
+    /// Deliveries that have been unacknowledged for long. Those in the buffer are taken out of it, to be given back;
+    /// those that are leased stay leased, and are expected to come again. Returns what is to be given back.
+    pub(super) fn renew(&mut self, now: Instant, give_back: &mut impl FnMut(&Held)) {
+        let is_old = |waiting: &Waiting| now.duration_since(waiting.since) > RENEW_AFTER;
+        while self.buffer.front().is_some_and(is_old) {
+            let Some(waiting) = self.pop() else { break };
+            give_back(&waiting.held);
+            self.settled(waiting.generation);
+        }
+        let mut lost = Vec::new();
+        for (number, lease) in &mut self.leases {
+            match lease.renewed {
+                Some(expected) if expected <= now => lost.push(*number),
+                None if is_old(&lease.waiting) => {
+                    give_back(&lease.waiting.held);
+                    lease.renewed = Some(now + RENEW_WITHIN);
+                    if lease.waiting.generation == self.generation {
+                        self.outstanding = self.outstanding.saturating_sub(1);
+                    }
+                }
+                Some(_) | None => {}
+            }
+        }
+        for number in lost {
+            self.remove_lease(number);
+        }
+    }
+
+    /// Whether a lease waits for its message to come again.
+    pub(super) fn is_renewing(&self) -> bool {
+        self.leases.values().any(|lease| lease.renewed.is_some())
+    }
+
+    /// When something here is due, the oldest lease's renewal included.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.first().map(|(until, _)| *until)
+    }
+
+    /// Forgets what came on channels that are gone: it comes again, and receipts for it are worth nothing.
+    pub(super) fn drop_dead(&mut self) {
+        if !self.buffer.iter().all(|waiting| waiting.held.channel.is_alive()) {
+            let all = std::mem::take(&mut self.buffer);
+            self.buffer = all.into_iter().filter(|waiting| waiting.held.channel.is_alive()).collect();
+        }
+        let dead = |lease: &Lease| lease.renewed.is_none() && !lease.waiting.held.channel.is_alive();
+        let dead: Vec<u64> = self.leases.iter().filter(|(_, lease)| dead(lease)).map(|(number, _)| *number).collect();
+        for number in dead {
+            self.remove_lease(number);
+        }
+    }
+
+    /// Takes the oldest of what nobody has taken, as long as `dies` says so.
+    pub(super) fn take_while(&mut self, mut dies: impl FnMut(&Held) -> bool) -> Vec<Held> {
+        self.drop_dead();
+        let mut taken = Vec::new();
+        while self.buffer.front().is_some_and(|waiting| dies(&waiting.held)) {
+            let Some(waiting) = self.pop() else { break };
+            self.settled(waiting.generation);
+            taken.push(waiting.held);
+        }
+        taken
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.leased_by_all.fetch_sub(self.leased_bytes, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,190 @@
+//! The task behind an inbox that is pulled: subscribes while there are pulls, ends leases, gives back what is not
+//! wanted, and ends when there is nothing left to do.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::state::RENEW_AFTER;
+use super::{Inner, Phase, Puller};
+use crate::broker::amqp::held::Held;
+
+/// For how long after a pull the buffer is kept for the next one. Short: what is in it no AMQP reader can get.
+const LINGER: Duration = Duration::from_millis(300);
+
+/// Deliveries that the consumer may have unsettled, at least and at most.
+const PREFETCH_MIN: usize = 8;
+const PREFETCH_MAX: usize = 1000;
+
+/// Bytes that a buffer should hold at most: bounds the prefetch by how long the messages are.
+const BUFFER_BYTES: usize = 16 << 20;
+
+/// Time before a failed subscription is tried again.
+const RETRY_AFTER: Duration = Duration::from_millis(200);
+
+/// What is to be done next.
+enum Next {
+    /// Subscribe, with this prefetch.
+    Subscribe(u16),
+    /// Nothing before this time, unless something happens.
+    Wait(Instant),
+    /// Nothing any more.
+    Stop,
+}
+
+pub(super) async fn run(puller: Arc<Puller>) {
+    let mut retry_at = Instant::now();
+    loop {
+        let until = match puller.step(retry_at) {
+            Next::Stop => return,
+            Next::Subscribe(prefetch) => {
+                let intake = puller.shared.intake(&puller.queue);
+                match intake.subscribe(&puller.name, prefetch).await {
+                    Some(pending) => puller.inner.lock().phase = Phase::Subscribing(pending),
+                    None => return puller.inner.lock().is_running = false,
+                }
+                continue;
+            }
+            Next::Wait(until) => until,
+        };
+        tokio::select! {
+            failed = std::future::poll_fn(|context| puller.poll(context)) => {
+                puller.changed.notify_waiters();
+                if let Some(error) = failed {
+                    retry_at = Instant::now() + RETRY_AFTER;
+                    if !puller.is_gone() && !puller.shared.is_closed() {
+                        log::debug!("consume {}: {error}; trying again", puller.name);
+                        puller.shared.repair_queue(&puller.queue, &error).await;
+                    }
+                }
+            }
+            () = puller.work.notified() => {}
+            () = tokio::time::sleep_until(until) => {}
+        }
+    }
+}
+
+impl Puller {
+    /// Ready when anything came, or a phase ended; with the error of a subscription that failed.
+    fn poll(&self, context: &mut Context<'_>) -> Poll<Option<lapin::Error>> {
+        let mut inner = self.inner.lock();
+        match &mut inner.phase {
+            Phase::Idle => Poll::Pending,
+            Phase::Subscribed(_) => {
+                if self.take_in(&mut inner, Some(context)) {
+                    Poll::Ready(None)
+                } else {
+                    Poll::Pending
+                }
+            }
+            Phase::Ending(ended) => std::pin::Pin::new(ended).poll(context).map(|_| {
+                inner.phase = Phase::Idle;
+                None
+            }),
+            Phase::Subscribing(pending) => {
+                let Poll::Ready(answer) = std::pin::Pin::new(pending).poll(context) else { return Poll::Pending };
+                match answer {
+                    Ok(Ok(subscription)) => {
+                        inner.store.begin();
+                        inner.is_partial = true;
+                        inner.phase = Phase::Subscribed(subscription);
+                        Poll::Ready(None)
+                    }
+                    Ok(Err(error)) => {
+                        inner.phase = Phase::Idle;
+                        Poll::Ready(Some(error))
+                    }
+                    // The channel's task has ended, and so will everything.
+                    Err(_) => {
+                        inner.phase = Phase::Idle;
+                        Poll::Ready(None)
+                    }
+                }
+            }
+        }
+    }
+
+    /// Does what is due.
+    fn step(&self, retry_at: Instant) -> Next {
+        let now = Instant::now();
+        let mut inner = self.inner.lock();
+        let ended = self.is_gone() || self.shared.is_closed();
+        inner.store.drop_dead();
+        if inner.store.expire(now.into_std()) {
+            self.changed.notify_waiters();
+        }
+        let mut give_back = |held: &Held| {
+            self.shared.memory.note(held.key, held.before);
+            held.channel.give_back([held.tag]);
+        };
+        inner.store.renew(now.into_std(), &mut give_back);
+        let is_wanted = !ended && (inner.pulls > 0 || inner.store.is_renewing());
+        let lingers_until = inner.last_pull + LINGER;
+        let is_left = !is_wanted && (ended || now >= lingers_until);
+        let prefetch = prefetch(&inner);
+        let is_short = match &inner.phase {
+            // Too few for a pull, and RabbitMQ gives no more on this one: because leases take up its prefetch, or
+            // because it was meant for smaller pulls.
+            Phase::Subscribed(subscription) => {
+                let has = usize::from(subscription.prefetch);
+                inner.pulls > 0
+                    && inner.store.waiting() < inner.wanted.min(usize::from(prefetch))
+                    && (inner.store.outstanding() >= has || has < usize::from(prefetch))
+            }
+            _ => false,
+        };
+        if is_left {
+            self.give_up_buffer(&mut inner);
+        }
+        if is_left || is_short {
+            self.unsubscribe(&mut inner);
+        }
+        if is_wanted && matches!(inner.phase, Phase::Idle) && now >= retry_at {
+            return Next::Subscribe(prefetch);
+        }
+        let is_idle = matches!(inner.phase, Phase::Idle) && inner.store.len() == 0;
+        if is_idle && !is_wanted || ended && matches!(inner.phase, Phase::Idle) {
+            inner.is_running = false;
+            return Next::Stop;
+        }
+        let mut until = now + RENEW_AFTER / 10;
+        if let Some(deadline) = inner.store.next_deadline() {
+            until = until.min(Instant::from_std(deadline));
+        }
+        if !is_wanted && !is_left {
+            until = until.min(lingers_until);
+        }
+        if is_wanted && matches!(inner.phase, Phase::Idle) {
+            until = until.min(retry_at);
+        }
+        Next::Wait(until)
+    }
+
+    /// Gives back what nobody has taken.
+    fn give_up_buffer(&self, inner: &mut Inner) {
+        for held in inner.store.take_while(|_| true) {
+            self.shared.memory.note(held.key, held.before);
+            held.channel.give_back([held.tag]);
+        }
+    }
+
+    /// Ends the subscription. What it was handed and nobody looked at goes back.
+    fn unsubscribe(&self, inner: &mut Inner) {
+        let subscription = match std::mem::replace(&mut inner.phase, Phase::Idle) {
+            Phase::Subscribed(subscription) => subscription,
+            other => return inner.phase = other,
+        };
+        let (sender, ended) = tokio::sync::oneshot::channel();
+        inner.phase = Phase::Ending(ended);
+        self.shared.end_subscription(&self.queue, subscription, Some(sender));
+    }
+}
+
+/// The prefetch that the present pulls ask for.
+fn prefetch(inner: &Inner) -> u16 {
+    let fitting = BUFFER_BYTES / inner.store.average_size().max(1);
+    let most = fitting.clamp(PREFETCH_MIN, PREFETCH_MAX);
+    u16::try_from(inner.wanted.clamp(PREFETCH_MIN, most)).expect("the bound fits")
+}

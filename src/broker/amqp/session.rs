@@ -1,0 +1,251 @@
+//! One set of connections to RabbitMQ, from logging in to the first of them breaking.
+//!
+//! Five connections, whatever the number of clients. They are apart because RabbitMQ stops reading a connection that
+//! publishes while it is short of memory or disk: acknowledgements, declarations and deliveries must not wait behind
+//! that. And what clients put in (ingress) must not hold up what is on its way out (relay).
+//!
+//! A session ends as a whole: after any break everything is declared again before messages flow, so that no binding is
+//! missing when the first one is published.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions};
+use lapin::uri::AMQPUri;
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Event};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, Semaphore, watch};
+
+use super::topology;
+use super::wire::short;
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Declaring, binding, counting, looking at dead letters. Never publishes.
+    Control,
+    /// Publishing what clients send.
+    Ingress,
+    /// Publishing from hop to hop.
+    Relay,
+    /// Consuming outboxes, notify queues and `soar-publish`.
+    Pipeline,
+    /// Consuming inboxes.
+    Inboxes,
+}
+
+impl Role {
+    const ALL: [Self; 5] = [Self::Control, Self::Ingress, Self::Relay, Self::Pipeline, Self::Inboxes];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Control => "control",
+            Self::Ingress => "ingress",
+            Self::Relay => "relay",
+            Self::Pipeline => "pipeline",
+            Self::Inboxes => "inboxes",
+        }
+    }
+}
+
+/// Control calls under way at once, each on a channel of its own.
+const CONTROL_CHANNELS: usize = 16;
+
+/// Calls after which a control channel is replaced: lapin keeps a note of every queue that was declared on a channel.
+const CALLS_PER_CHANNEL: u32 = 500;
+
+/// How long one connection may take to be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long one control call may take. Declaring a quorum queue on a busy cluster takes seconds.
+pub(super) const CONTROL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a queue may take to answer. RabbitMQ itself gives up after five seconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A set of connections. See the module.
+pub(super) struct Session {
+    /// Counts sessions; things of an earlier one are dead.
+    pub(super) epoch: u64,
+    uri: AMQPUri,
+    connections: [Connection; 5],
+    idle: Mutex<Vec<(Channel, u32)>>,
+    turns: Semaphore,
+    /// Why RabbitMQ takes no messages, while it does not.
+    blocked: watch::Sender<Option<Arc<str>>>,
+    /// Something is broken that only a new session mends.
+    broken: AtomicBool,
+    /// Retry queues that are known to be there.
+    retries: Mutex<BTreeSet<u64>>,
+    /// Something that belongs to no client was not there.
+    suspect: Notify,
+}
+
+impl Session {
+    /// Logs in.
+    pub(super) async fn open(uri: &AMQPUri, epoch: u64) -> Result<Self, lapin::Error> {
+        let [a, b, c, d, e] = Role::ALL.map(|role| connect(uri, role.name()));
+        let (a, b, c, d, e) = futures_util::try_join!(a, b, c, d, e)?;
+        Ok(Self {
+            uri: uri.clone(),
+            epoch,
+            connections: [a, b, c, d, e],
+            idle: Mutex::new(Vec::new()),
+            turns: Semaphore::new(CONTROL_CHANNELS),
+            blocked: watch::Sender::new(None),
+            broken: AtomicBool::new(false),
+            retries: Mutex::default(),
+            suspect: Notify::new(),
+        })
+    }
+
+    fn connection(&self, role: Role) -> &Connection {
+        &self.connections[Role::ALL.iter().position(|r| *r == role).expect("ALL has every role")]
+    }
+
+    /// A new channel on the connection for `role`.
+    pub(super) async fn channel(&self, role: Role) -> Result<Channel, lapin::Error> {
+        within(CONTROL_TIMEOUT, self.connection(role).create_channel()).await
+    }
+
+    /// A new channel that confirms what is published on it.
+    pub(super) async fn publisher(&self, role: Role) -> Result<Channel, lapin::Error> {
+        let channel = self.channel(role).await?;
+        within(CONTROL_TIMEOUT, channel.confirm_select(ConfirmSelectOptions::default())).await?;
+        Ok(channel)
+    }
+
+    /// Runs `work` on a control channel. An error closes the channel, so it is not used again.
+    pub(super) async fn control<T>(
+        &self,
+        work: impl AsyncFnOnce(&Channel) -> Result<T, lapin::Error>,
+    ) -> Result<T, lapin::Error> {
+        let _turn = self.turns.acquire().await.expect("the semaphore is never closed");
+        let idle = self.idle.lock().pop();
+        let (channel, calls) = match idle {
+            Some((channel, calls)) if channel.status().connected() => (channel, calls),
+            _ => (self.channel(Role::Control).await?, 0),
+        };
+        let result = within(CONTROL_TIMEOUT, work(&channel)).await;
+        if result.is_ok() && calls < CALLS_PER_CHANNEL {
+            self.idle.lock().push((channel, calls + 1));
+        }
+        result
+    }
+
+    /// Whether a queue answers when it is asked for a message. Asked on a connection of its own, because RabbitMQ closes
+    /// the whole connection when it does not.
+    pub(super) async fn answers(&self, queue: &str) -> bool {
+        let ask = async {
+            let connection = connect(&self.uri, "check").await?;
+            let channel = connection.create_channel().await?;
+            let message = channel.basic_get(short(queue), BasicGetOptions::default()).await?;
+            // Closing gives it back.
+            drop(message);
+            connection.close(200, short("bye")).await
+        };
+        within(ANSWER_TIMEOUT, ask).await.is_ok()
+    }
+
+    /// Whether every connection is up.
+    pub(super) fn is_alive(&self) -> bool {
+        !self.broken.load(Ordering::Relaxed)
+            && self.connections.iter().all(|connection| connection.status().connected())
+    }
+
+    /// Asks for a new session.
+    pub(super) fn give_up(&self) {
+        self.broken.store(true, Ordering::Relaxed);
+    }
+
+    /// Sees to it that the retry queue for this delay is there.
+    pub(super) async fn retry_queue(&self, seconds: u64) -> Result<(), lapin::Error> {
+        if self.retries.lock().contains(&seconds) {
+            return Ok(());
+        }
+        self.control(async |channel| topology::declare_retry(channel, seconds).await).await?;
+        self.retries.lock().insert(seconds);
+        Ok(())
+    }
+
+    /// An exchange was not there: everything that belongs to no client is to be declared again.
+    pub(super) fn suspect_topology(&self) {
+        self.retries.lock().clear();
+        self.suspect.notify_one();
+    }
+
+    /// Resolves when the topology is suspect.
+    pub(super) async fn suspected(&self) {
+        self.suspect.notified().await;
+    }
+
+    /// Why RabbitMQ takes no messages now, if so.
+    pub(super) fn blocked(&self) -> Option<Arc<str>> {
+        self.blocked.borrow().clone()
+    }
+
+    /// Tells when that changes.
+    pub(super) fn blocked_changes(&self) -> watch::Receiver<Option<Arc<str>>> {
+        self.blocked.subscribe()
+    }
+
+    /// Follows alarms until the session ends. Resolves when a connection breaks.
+    pub(super) async fn watch(&self) {
+        let publishing = [Role::Ingress, Role::Relay].map(|role| self.connection(role));
+        let events = self.connections.iter().map(|connection| Box::pin(connection.events_listener()));
+        let mut events = futures_util::stream::select_all(events);
+        let mut ticks = tokio::time::interval(Duration::from_millis(250));
+        while self.is_alive() {
+            tokio::select! {
+                event = events.next() => match event {
+                    Some(Event::ConnectionBlocked(reason)) => {
+                        log::warn!("RabbitMQ takes no messages: {reason}");
+                        self.blocked.send_replace(Some(reason.into()));
+                    }
+                    Some(Event::ConnectionUnblocked) if !publishing.iter().any(|c| c.status().blocked()) => {
+                        log::info!("RabbitMQ takes messages again");
+                        self.blocked.send_replace(None);
+                    }
+                    Some(_) => {}
+                    None => return,
+                },
+                // Not every way for a connection to end is an event.
+                _ = ticks.tick() => {}
+            }
+        }
+    }
+
+    /// Publishes to nowhere on the ingress connection and waits for the confirm: shows an alarm, or a peer that has
+    /// gone silent, although no client sends anything.
+    pub(super) async fn probe(&self, channel: &Channel) -> Result<(), lapin::Error> {
+        let options = BasicPublishOptions::default();
+        let publish = channel.basic_publish(short(""), short("soar-probe"), options, b"", BasicProperties::default());
+        publish.await?.await?;
+        Ok(())
+    }
+
+    /// Closes every connection, as far as that can be told to the other end.
+    pub(super) async fn close(&self) {
+        let close = self.connections.iter().map(|connection| connection.close(200, short("bye")));
+        // Who does not answer is gone, or stuck behind an alarm; dropping the connection is all that is left.
+        let _ = tokio::time::timeout(Duration::from_secs(2), futures_util::future::join_all(close)).await;
+    }
+}
+
+async fn connect(uri: &AMQPUri, what_for: &str) -> Result<Connection, lapin::Error> {
+    let name = format!("communications-backbone {what_for}");
+    let properties = ConnectionProperties::default().with_connection_name(name.into());
+    within(CONNECT_TIMEOUT, Connection::connect_uri(uri.clone(), properties)).await
+}
+
+/// `call`, or a timeout as an I/O error.
+pub(super) async fn within<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<T, lapin::Error>>,
+) -> Result<T, lapin::Error> {
+    let late = || std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {limit:?}"));
+    tokio::time::timeout(limit, call).await.unwrap_or_else(|_| Err(late().into()))
+}

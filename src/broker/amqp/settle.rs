@@ -1,0 +1,571 @@
+//! How deliveries end: what goes on is published and confirmed first, then acknowledged where it came from.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use super::Shared;
+use super::consumer::ConsumerCore;
+use super::dedup::{Claim, Fact, OwnId};
+use super::delay;
+use super::error::{broker_error, db_error, unavailable};
+use super::held::Held;
+use super::intake::IntakeChannel;
+use super::lane::{Fate, Outgoing, Refusal};
+use super::pull::Leased;
+use super::topology;
+use super::wire::{self, Counts, short};
+use crate::broker::{
+    BrokerError, BrokerErrorKind, DeadLetter, DeadReason, Origin, Outcome, Payload, PullOutcome, Queue, Receipt,
+    Settlement, Target,
+};
+use crate::client::ClientId;
+use crate::envelope::SharedMessage;
+use crate::telemetry::Step;
+use crate::time::Timestamp;
+
+/// Settles deliveries of one consumer, in order. Carried out even when the future is dropped.
+pub(super) async fn settle(core: Arc<ConsumerCore>, settlements: Vec<Settlement>) -> Result<(), BrokerError> {
+    let mut done = Vec::new();
+    let mut back = Vec::new();
+    let mut moves = Vec::new();
+    for Settlement { tag, outcome, .. } in settlements {
+        // Not there: handed out by nobody, which the types do not allow.
+        let Some(held) = core.take(tag) else { continue };
+        match outcome {
+            Outcome::Complete => done.push(held),
+            Outcome::Requeue => back.push(held),
+            Outcome::Forward(target, message) => moves.push((held, Onward::Forward(target, message))),
+            Outcome::Delay { delay, attempts } => moves.push((held, Onward::Delay { delay, attempts })),
+            Outcome::Dead { reason, attempts } => moves.push((held, Onward::Dead { reason, attempts })),
+        }
+    }
+    let action = format!("settle deliveries of queue {}", core.name);
+    core.return_handed(back);
+    if let Queue::Inbox(client) = &core.queue {
+        note_delivered(&core.shared, client, &done);
+    }
+    let acked = acknowledge(done);
+    core.settled();
+    let moved = if moves.is_empty() {
+        Ok(())
+    } else {
+        let shared = Arc::clone(&core.shared);
+        shared.thread.run(&action, move_on(core, moves)).await
+    };
+    // The channel that they came on is gone; RabbitMQ hands them out again.
+    if acked { moved } else { moved.and(Err(unavailable(action))) }
+}
+
+/// Where a delivery goes.
+enum Onward {
+    Forward(Target, SharedMessage),
+    Delay { delay: std::time::Duration, attempts: u32 },
+    Dead { reason: DeadReason, attempts: u32 },
+}
+
+/// One delivery on its way.
+struct Move {
+    held: Held,
+    onward: Onward,
+    outgoing: Outgoing,
+    /// To be noted when it was routed.
+    id: Option<OwnId>,
+}
+
+async fn move_on(core: Arc<ConsumerCore>, moves: Vec<(Held, Onward)>) -> Result<(), BrokerError> {
+    let shared = Arc::clone(&core.shared);
+    let action = format!("settle deliveries of queue {}", core.name);
+    // One batch after the other, in the order of the calls, until this one is in line.
+    let turn = Arc::clone(&core.turn).acquire_owned().await;
+    let (mut moves, lost): (Vec<_>, Vec<_>) = moves.into_iter().partition(|(held, _)| held.channel.is_alive());
+    core.return_handed(lost.into_iter().map(|(held, _)| held));
+    if let Err(error) = prepare(&core, &moves).await {
+        core.return_handed(moves.drain(..).map(|(held, _)| held));
+        core.settled();
+        return Err(error);
+    }
+    let own_ids = match OwnIds::look_up(&core, &moves).await {
+        Ok(own_ids) => own_ids,
+        Err(error) => {
+            core.return_handed(moves.into_iter().map(|(held, _)| held));
+            core.settled();
+            return Err(error);
+        }
+    };
+    let (mut going, mut known, mut repeated) = (Vec::with_capacity(moves.len()), Vec::new(), Vec::new());
+    for (index, (held, onward)) in moves.into_iter().enumerate() {
+        match own_ids.verdict(index) {
+            Verdict::Goes(id) => {
+                let outgoing = outgoing(&core, &held, &onward);
+                going.push(Move { held, onward, outgoing, id });
+            }
+            Verdict::WasRouted => known.push(held),
+            Verdict::Repeats(id) => repeated.push((id, held)),
+        }
+    }
+    let messages = going.iter().map(|one| one.outgoing.clone()).collect();
+    let fates = shared.publish_on(shared.relay(&core.name), messages, turn).await;
+    let routed: Vec<OwnId> =
+        going.iter().zip(&fates).filter_map(|(one, fate)| one.id.filter(|_| fate.is_ok())).collect();
+    let (ended, unsure): (Vec<_>, Vec<_>) = repeated.into_iter().partition(|(id, _)| routed.contains(id));
+    core.return_handed(unsure.into_iter().map(|(_, held)| held));
+    known.extend(ended.into_iter().map(|(_, held)| held));
+    if !routed.is_empty() {
+        // Noted before it is acknowledged: what comes again after a kill is then known.
+        if let Err(error) = shared.dedup.note(Fact::Routed, routed).await {
+            log::error!("{action}: cannot note own ids, so a copy of a message may be routed again: {error}");
+        }
+    }
+    drop(own_ids);
+    count_duplicates(&shared, &known);
+    let result = finish(&core, going, fates, &action).await;
+    let acked = acknowledge(known);
+    core.settled();
+    if acked { result } else { result.and(Err(unavailable(action))) }
+}
+
+/// A client's AMQP publishes count as duplicates here; those that came by HTTP were counted when they were taken.
+fn count_duplicates(shared: &Shared, held: &[Held]) {
+    let foreign = held.iter().filter(|held| matches!(held.payload, Payload::Foreign(_))).count();
+    shared.telemetry.metrics.duplicates.inc_by(foreign as u64);
+}
+
+/// Whatever must be there before it is published to.
+async fn prepare(core: &ConsumerCore, moves: &[(Held, Onward)]) -> Result<(), BrokerError> {
+    let mut delays: BTreeMap<u64, u64> = BTreeMap::new();
+    for (_, onward) in moves {
+        if let Onward::Delay { delay, .. } = onward {
+            *delays.entry(delay::seconds_for(*delay)).or_default() += 1;
+        }
+    }
+    core.shared.prepare_delays(core.client.as_deref(), delays).await
+}
+
+/// What is to be done with one delivery of a batch, as far as its id goes.
+#[derive(Debug, Clone, Copy)]
+enum Verdict {
+    /// It goes on; noted under its own id, if it has one.
+    Goes(Option<OwnId>),
+    /// One with this id was routed before.
+    WasRouted,
+    /// An earlier one of this batch has the same id.
+    Repeats(OwnId),
+}
+
+/// Own ids on their way out of a queue of their sender. While it lives, no other batch moves on one of them.
+struct OwnIds {
+    _claim: Option<Claim>,
+    verdicts: Vec<Verdict>,
+}
+
+impl OwnIds {
+    async fn look_up(core: &ConsumerCore, moves: &[(Held, Onward)]) -> Result<Self, BrokerError> {
+        let of_sender = matches!(core.queue, Queue::Outbox(_) | Queue::Notify(_));
+        let own = |onward: &Onward| match onward {
+            Onward::Forward(_, message) if of_sender && message.own_id => Some(OwnId::of(message)),
+            _ => None,
+        };
+        let ids: Vec<OwnId> = moves.iter().filter_map(|(_, onward)| own(onward)).collect();
+        if ids.is_empty() {
+            return Ok(Self { _claim: None, verdicts: Vec::new() });
+        }
+        let claim = core.shared.dedup.claim(Fact::Routed, &ids).await;
+        let known = core.shared.dedup.known(Fact::Routed, ids).await;
+        let known = known.map_err(|error| db_error(format!("look up own ids in queue {}", core.name), error))?;
+        let (mut known, mut here) = (known.into_iter(), HashSet::new());
+        let verdict = |(_, onward): &(Held, Onward)| match own(onward) {
+            None => Verdict::Goes(None),
+            Some(_) if known.next() == Some(true) => Verdict::WasRouted,
+            Some(id) if here.insert(id.hash) => Verdict::Goes(Some(id)),
+            Some(id) => Verdict::Repeats(id),
+        };
+        Ok(Self { verdicts: moves.iter().map(verdict).collect(), _claim: Some(claim) })
+    }
+
+    fn verdict(&self, index: usize) -> Verdict {
+        self.verdicts.get(index).copied().unwrap_or(Verdict::Goes(None))
+    }
+}
+
+/// What is published for a delivery.
+fn outgoing(core: &ConsumerCore, held: &Held, onward: &Onward) -> Outgoing {
+    let user = core.shared.user();
+    match onward {
+        Onward::Forward(target, message) => {
+            let payload = Payload::Message(Arc::clone(message));
+            let (exchange, key) = match target {
+                Target::Publish => ("", topology::PUBLISH),
+                Target::Topic => (topology::TOPIC, message.topic.as_ref().map_or("", |topic| topic.as_str())),
+                Target::Broadcast => (topology::BROADCAST, ""),
+            };
+            let properties = wire::properties(&payload, Counts::fresh(), user);
+            Outgoing { exchange: short(exchange), key: short(key), properties, body: wire::body(&payload) }
+        }
+        Onward::Delay { delay, attempts } => {
+            let counts = Counts { attempts: *attempts, deliveries: held.before + 1, ..held.counts };
+            delayed(&held.payload, counts, *delay, &core.name, user)
+        }
+        Onward::Dead { reason, attempts } => match origin(&core.queue) {
+            Some((client, origin)) => dead_letter(client, origin, *reason, *attempts, &held.payload, user),
+            // Nobody's queue, so it is kept with what found no way.
+            None => Outgoing {
+                exchange: short(topology::UNROUTED),
+                key: short(""),
+                properties: wire::properties(&held.payload, held.counts, user),
+                body: wire::body(&held.payload),
+            },
+        },
+    }
+}
+
+/// A message as it is put into a retry queue, to come back to the queue `name`.
+pub(super) fn delayed(
+    payload: &Payload,
+    counts: Counts,
+    delay: std::time::Duration,
+    name: &str,
+    user: Option<&str>,
+) -> Outgoing {
+    let counts = Counts { delayed_at_ms: Timestamp::now().as_millis(), ..counts };
+    Outgoing {
+        exchange: short(&topology::retry(delay::seconds_for(delay))),
+        key: short(name),
+        properties: wire::properties(payload, counts, user),
+        body: wire::body(payload),
+    }
+}
+
+/// A message as it is put among a client's dead letters.
+pub(super) fn dead_letter(
+    client: &ClientId,
+    origin: Origin,
+    reason: DeadReason,
+    attempts: u32,
+    payload: &Payload,
+    user: Option<&str>,
+) -> Outgoing {
+    let dead = DeadLetter {
+        id: uuid::Uuid::now_v7().to_string(),
+        origin,
+        reason,
+        attempts,
+        died_at: Timestamp::now(),
+        payload: payload.clone(),
+    };
+    Outgoing {
+        exchange: topology::default_exchange(),
+        key: short(&topology::dead(client)),
+        properties: wire::dead_properties(&dead, user),
+        body: wire::body(payload),
+    }
+}
+
+fn origin(queue: &Queue) -> Option<(&ClientId, Origin)> {
+    match queue {
+        Queue::Inbox(client) => Some((client, Origin::Inbox)),
+        Queue::Outbox(client) => Some((client, Origin::Outbox)),
+        Queue::Notify(client) => Some((client, Origin::Notify)),
+        Queue::Publish | Queue::Unrouted => None,
+    }
+}
+
+/// Acknowledges what went on, and gives back what did not.
+async fn finish(core: &ConsumerCore, moves: Vec<Move>, fates: Vec<Fate>, action: &str) -> Result<(), BrokerError> {
+    let shared = &core.shared;
+    let (mut gone, mut back) = (Vec::with_capacity(moves.len()), Vec::new());
+    let mut refusal = None;
+    for (one, fate) in moves.into_iter().zip(fates) {
+        let fate = match fate {
+            // Nobody is there to hear a broadcast; it is kept with what found no way.
+            Err(Refusal::Unroutable) if matches!(one.onward, Onward::Forward(Target::Broadcast, _)) => {
+                shared.keep_unrouted(one.outgoing.clone()).await
+            }
+            fate => fate,
+        };
+        match fate {
+            Ok(()) => {
+                note_moved(core, &one);
+                gone.push(one.held);
+            }
+            Err(why) => {
+                refusal = Some((why, one.outgoing.key.to_string()));
+                back.push(one.held);
+            }
+        }
+    }
+    core.return_handed(back);
+    let acked = acknowledge(gone);
+    match refusal {
+        Some((why, target)) => {
+            if matches!(why, Refusal::Unroutable) {
+                shared.repair(core.client.as_deref()).await;
+            }
+            Err(refused(action, &why, &target))
+        }
+        None if acked => Ok(()),
+        None => Err(unavailable(action)),
+    }
+}
+
+/// Why something was not published, as an error.
+pub(super) fn refused(action: &str, why: &Refusal, target: &str) -> BrokerError {
+    match why {
+        Refusal::Unroutable => unavailable(format!("{action}: nothing was behind {target:?}; it is declared again")),
+        Refusal::Refused => unavailable(format!("{action}: RabbitMQ refused a message for {target:?}")),
+        Refusal::Lost(error) => unavailable(format!("{action}: {error}")),
+        Refusal::Closed => BrokerError::new(BrokerErrorKind::Closed, action),
+    }
+}
+
+/// Acknowledges deliveries. False when a channel is gone that some came on.
+pub(super) fn acknowledge(held: Vec<Held>) -> bool {
+    // Each channel is told, whatever became of the others.
+    by_channel(held).into_iter().fold(true, |all, (channel, mut tags)| channel.ack(&mut tags) && all)
+}
+
+fn by_channel(held: Vec<Held>) -> Vec<(Arc<IntakeChannel>, Vec<u64>)> {
+    let mut channels: Vec<(Arc<IntakeChannel>, Vec<u64>)> = Vec::with_capacity(1);
+    for held in held {
+        match channels.iter_mut().find(|(channel, _)| Arc::ptr_eq(channel, &held.channel)) {
+            Some((_, tags)) => tags.push(held.tag),
+            None => channels.push((held.channel, vec![held.tag])),
+        }
+    }
+    channels
+}
+
+/// Acknowledges what was handed over, and waits until that has left for RabbitMQ.
+pub(super) async fn acknowledge_and_flush(shared: &Shared, held: Vec<Held>) -> Result<(), lapin::Error> {
+    shared.memory.note_gone(held.iter().map(|held| held.key));
+    for (channel, mut tags) in by_channel(held) {
+        channel.ack_and_flush(&mut tags).await?;
+    }
+    Ok(())
+}
+
+/// Counts and traces what receivers have settled, and remembers it.
+pub(super) fn note_delivered(shared: &Shared, client: &ClientId, held: &[Held]) {
+    shared.memory.note_gone(held.iter().map(|held| held.key));
+    shared.telemetry.metrics.delivered.inc_by(held.len() as u64);
+    if shared.telemetry.traces.is_on() {
+        for message in held.iter().filter_map(|held| held.payload.message()) {
+            shared.telemetry.traces.record(message, Step::Delivered(client.clone()));
+        }
+    }
+}
+
+fn note_moved(core: &ConsumerCore, one: &Move) {
+    let shared = &core.shared;
+    match &one.onward {
+        Onward::Forward(Target::Publish, message) => shared.telemetry.traces.record(message, Step::Forwarded),
+        Onward::Forward(target, message) => {
+            shared.telemetry.traces.record(message, Step::Published);
+            note_routed(shared, *target, message);
+        }
+        Onward::Delay { .. } => {}
+        Onward::Dead { reason, .. } => {
+            if let Some((client, _)) = origin(&core.queue) {
+                note_dead(shared, client, *reason, &one.held.payload);
+            }
+        }
+    }
+}
+
+/// Counts and traces a dead letter.
+pub(super) fn note_dead(shared: &Shared, client: &ClientId, reason: DeadReason, payload: &Payload) {
+    shared.telemetry.metrics.dead(reason).inc();
+    if let Some(message) = payload.message().filter(|_| shared.telemetry.traces.is_on()) {
+        shared.telemetry.traces.record(message, Step::Dead(client.clone(), reason));
+    }
+}
+
+/// Counts and traces where a message landed, as far as this router knows the bindings.
+fn note_routed(shared: &Shared, target: Target, message: &SharedMessage) {
+    let (metrics, traces) = (&shared.telemetry.metrics, &shared.telemetry.traces);
+    let topic = match (target, &message.topic) {
+        (Target::Topic, Some(topic)) => topic,
+        (Target::Topic, None) => return,
+        (Target::Publish | Target::Broadcast, _) => {
+            metrics.routed.inc_by(shared.clients.len() as u64);
+            if traces.is_on() {
+                for client in shared.clients.all() {
+                    traces.record(message, Step::Routed(client.id.clone(), None));
+                }
+            }
+            return;
+        }
+    };
+    let inboxes = shared.clients.matching(topic.as_str());
+    metrics.routed.inc_by(inboxes.len() as u64);
+    if inboxes.is_empty() {
+        metrics.unrouted.inc();
+        traces.record(message, Step::Unrouted);
+    }
+    if traces.is_on() {
+        for (client, pattern) in inboxes {
+            traces.record(message, Step::Routed(client, Some(pattern)));
+        }
+    }
+}
+
+/// Lets a delivery pass, or deals with one that is for nobody: what is no message in an inbox becomes a dead letter;
+/// what its receiver has settled, or was delayed for an earlier client of the same name, is dropped.
+pub(super) fn admit(shared: &Arc<Shared>, queue: &Queue, held: Held) -> Option<Held> {
+    let Queue::Inbox(id) = queue else { return Some(held) };
+    let client = shared.clients.get(id)?;
+    let is_of_another = held.counts.delayed_at_ms > 0 && held.counts.delayed_at_ms < client.since_ms;
+    if held.is_gone || is_of_another {
+        acknowledge(vec![held]);
+        return None;
+    }
+    if matches!(held.payload, Payload::Message(_)) {
+        return Some(held);
+    }
+    let task = Arc::clone(shared);
+    shared.thread.spawn(async move {
+        let reason = DeadReason::InvalidMessage;
+        if let Err(error) = bury(&task, &client.id, vec![(held, 0)], reason).await {
+            log::warn!("what is no message in the inbox of {} stays there for now: {error}", client.id);
+        }
+    });
+    None
+}
+
+/// Makes dead letters of what is held of a client's inbox, with the attempts made; what cannot be is given back.
+pub(super) async fn bury(
+    shared: &Arc<Shared>,
+    client: &ClientId,
+    held: Vec<(Held, u32)>,
+    reason: DeadReason,
+) -> Result<u64, BrokerError> {
+    let user = shared.user();
+    let letter =
+        |(held, attempts): &(Held, u32)| dead_letter(client, Origin::Inbox, reason, *attempts, &held.payload, user);
+    let messages: Vec<Outgoing> = held.iter().map(letter).collect();
+    let fates = shared.publish_on(shared.relay(&topology::inbox(client)), messages, None::<()>).await;
+    let (mut gone, mut refusal) = (Vec::with_capacity(held.len()), None);
+    for ((held, _), fate) in held.into_iter().zip(fates) {
+        match fate {
+            Ok(()) => {
+                note_dead(shared, client, reason, &held.payload);
+                gone.push(held);
+            }
+            Err(why) => {
+                shared.memory.note(held.key, held.before);
+                held.channel.give_back([held.tag]);
+                refusal = Some(why);
+            }
+        }
+    }
+    let count = gone.len() as u64;
+    acknowledge(gone);
+    match refusal {
+        Some(why) => {
+            if matches!(why, Refusal::Unroutable) {
+                shared.repair(shared.clients.get(client).as_deref()).await;
+            }
+            Err(refused(&format!("make dead letters of {client}"), &why, &topology::dead(client)))
+        }
+        None => Ok(count),
+    }
+}
+
+impl Shared {
+    /// Sees to it that retry queues are there, and notes what is about to be delayed for a client.
+    pub(super) async fn prepare_delays(
+        &self,
+        client: Option<&super::clients::Client>,
+        delays: BTreeMap<u64, u64>,
+    ) -> Result<(), BrokerError> {
+        if delays.is_empty() {
+            return Ok(());
+        }
+        let session = self.session("delay messages")?;
+        for seconds in delays.keys() {
+            session
+                .retry_queue(*seconds)
+                .await
+                .map_err(|error| broker_error(format!("declare {}", topology::retry(*seconds)), error))?;
+        }
+        let Some(client) = client else { return Ok(()) };
+        let now_s = Timestamp::now().as_millis().div_euclid(1000) + 1;
+        let due: BTreeMap<i64, u64> =
+            delays.into_iter().map(|(seconds, messages)| (now_s.saturating_add_unsigned(seconds), messages)).collect();
+        client.add_delayed(&due);
+        let noted = super::state::note_delayed(&self.db, &client.id, due).await;
+        noted.map_err(|error| db_error(format!("note what is delayed for {}", client.id), error))
+    }
+}
+
+/// See [`crate::broker::Broker::settle_pulled`].
+pub(super) async fn settle_pulled(
+    shared: &Arc<Shared>,
+    id: &ClientId,
+    receipts: Vec<Receipt>,
+    outcome: PullOutcome,
+) -> Result<Vec<Receipt>, BrokerError> {
+    let action = format!("settle messages pulled from {}", topology::inbox(id));
+    let client = shared.clients.get(id).ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, &action))?;
+    shared.session(&action)?;
+    let Some(puller) = client.puller() else { return Ok(receipts) };
+    let (ended, unknown) = puller.end_leases(receipts);
+    match outcome {
+        PullOutcome::Ack => {
+            let held: Vec<Held> = ended.into_iter().map(Leased::into_held).collect();
+            note_delivered(shared, id, &held);
+            if let Err(error) = acknowledge_and_flush(shared, held).await {
+                return Err(broker_error(action, error));
+            }
+        }
+        PullOutcome::Nack(delay) => match delay.filter(|delay| !delay.is_zero()) {
+            None => puller.put_back(ended),
+            Some(delay) => delay_pulled(shared, &client, ended, delay, &action).await?,
+        },
+        PullOutcome::Reject => {
+            let held = ended.into_iter().map(Leased::into_held);
+            let held = held.map(|held| {
+                let attempts = held.counts.attempts;
+                (Held { before: held.before + 1, ..held }, attempts)
+            });
+            bury(shared, id, held.collect(), DeadReason::Rejected).await?;
+        }
+    }
+    Ok(unknown)
+}
+
+async fn delay_pulled(
+    shared: &Arc<Shared>,
+    client: &super::clients::Client,
+    ended: Vec<Leased>,
+    delay: std::time::Duration,
+    action: &str,
+) -> Result<(), BrokerError> {
+    let held: Vec<Held> = ended.into_iter().map(Leased::into_held).collect();
+    let back = |held: Held| {
+        shared.memory.note(held.key, held.before + 1);
+        held.channel.give_back([held.tag]);
+    };
+    let delays = BTreeMap::from([(delay::seconds_for(delay), held.len() as u64)]);
+    if let Err(error) = shared.prepare_delays(Some(client), delays).await {
+        held.into_iter().for_each(back);
+        return Err(error);
+    }
+    let name = topology::inbox(&client.id);
+    let message = |held: &Held| {
+        let counts = Counts { deliveries: held.before + 1, ..held.counts };
+        delayed(&held.payload, counts, delay, &name, shared.user())
+    };
+    let fates = shared.publish_on(shared.relay(&name), held.iter().map(message).collect(), None::<()>).await;
+    let (mut gone, mut refusal) = (Vec::with_capacity(held.len()), None);
+    for (held, fate) in held.into_iter().zip(fates) {
+        match fate {
+            Ok(()) => gone.push(held),
+            Err(why) => {
+                refusal = Some(why);
+                back(held);
+            }
+        }
+    }
+    acknowledge(gone);
+    refusal.map_or(Ok(()), |why| Err(refused(action, &why, "a retry queue")))
+}
