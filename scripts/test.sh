@@ -67,6 +67,20 @@ case $built in
     *) export BACKBONE_TEST_PYTHON=$PWD/$built/venv/bin/python ;;
 esac
 
+# Tests that do nothing to RabbitMQ itself share one node. The first of them starts it; it is stopped here, by pid.
+rabbitmq=$(mktemp -d)
+export BACKBONE_TEST_RABBITMQ=$rabbitmq/shared
+stop_rabbitmq() {
+    local pid
+    if [ -e "$BACKBONE_TEST_RABBITMQ/pids" ]; then
+        while read -r pid; do
+            kill -KILL "$pid" 2>/dev/null || say "process $pid of the shared RabbitMQ had ended already"
+        done <"$BACKBONE_TEST_RABBITMQ/pids"
+    fi
+    rm -rf "$rabbitmq"
+}
+trap stop_rabbitmq EXIT
+
 if cargo nextest --version >/dev/null 2>&1; then
     say "cargo nextest run $*"
     with_nextest "$@"

@@ -381,7 +381,6 @@ async fn open_broker(config: &Config, db: &Db, telemetry: &Telemetry) -> Result<
             let options = embedded::Options { dedup_window: config.dedup_window };
             embedded::open(db.clone(), options, Arc::clone(telemetry)).await
         }
-        #[cfg(feature = "amqp")]
         BrokerChoice::Amqp(url) => {
             let options = crate::broker::amqp::Options {
                 url: url.clone(),
@@ -391,11 +390,6 @@ async fn open_broker(config: &Config, db: &Db, telemetry: &Telemetry) -> Result<
             };
             crate::broker::amqp::connect(options, db.clone(), Arc::clone(telemetry)).await
         }
-        #[cfg(not(feature = "amqp"))]
-        BrokerChoice::Amqp(_) => Err(BrokerError::new(
-            crate::broker::BrokerErrorKind::Internal,
-            "this build has no AMQP broker yet; set SOAR_BROKER_URL=embedded",
-        )),
     }
 }
 

@@ -37,8 +37,6 @@
 //! Futures may be dropped at any time: a publish that was begun is carried out or not at all, and a delivery that
 //! was taken but not returned comes back (or, for a pull in [`PullMode::Auto`], may be gone: at most once).
 
-// Unfinished: compiled only on demand, refused loudly at the start otherwise.
-#[cfg(feature = "amqp")]
 pub mod amqp;
 pub mod embedded;
 

@@ -22,7 +22,7 @@ use tempfile::TempDir;
 use tokio::sync::oneshot;
 
 use crate::support::endpoint::{FakeEndpoint, Hit, Reply};
-use crate::support::env::{client_id, own_message};
+use crate::support::env::{KillableEnv, client_id, own_message};
 use crate::support::wait::{A_WHILE, SOON, soon};
 use crate::support::{BrokerEnv, eventually};
 
@@ -232,7 +232,7 @@ broker_tests! {
         assert_eq!(statuses.iter().filter(|status| **status == Some(500)).count(), 4);
     }
 
-    async fn attempts_are_counted_through_kills(env: &mut BrokerEnv) {
+    async fn attempts_are_counted_through_kills(env: &mut KillableEnv) {
         let (rig, endpoint) = (Rig::new().await, FakeEndpoint::start(|_, _| Reply::Status(503)));
         let client = receiver(env, 1).await;
         for attempt in 1..=3 {
@@ -365,7 +365,7 @@ broker_tests! {
         pushing.stop().await;
     }
 
-    async fn an_ordered_webhook_keeps_order_through_failures_and_crashes(env: &mut BrokerEnv) {
+    async fn an_ordered_webhook_keeps_order_through_failures_and_crashes(env: &mut KillableEnv) {
         let rig = Rig::new().await;
         let seen = Mutex::new(HashMap::<u64, usize>::new());
         // Every fourth message fails twice.
@@ -469,7 +469,7 @@ broker_tests! {
         pushing.stop().await;
     }
 
-    async fn every_message_has_one_end_whatever_the_endpoint_does(env: &mut BrokerEnv) {
+    async fn every_message_has_one_end_whatever_the_endpoint_does(env: &mut KillableEnv) {
         const COUNT: u64 = 1500;
         let rig = Rig::new().await;
         // Each message has its fate: most are delivered at once, some later, some never.

@@ -7,7 +7,7 @@ use backbone::broker::{DeadLetter, DeadReason, Origin, Outcome, PullMode, Queue}
 use backbone::client::{ClientId, Limits};
 use backbone::time::Timestamp;
 
-use crate::support::env::{bodies, delivered_bodies, next_exactly, numbered, numbers, settle_all};
+use crate::support::env::{KillableEnv, bodies, delivered_bodies, next_exactly, numbered, numbers, settle_all};
 use crate::support::wait::SOON;
 use crate::support::{BrokerEnv, eventually};
 
@@ -114,7 +114,7 @@ broker_tests! {
         }
     }
 
-    async fn g11_purged_ones_are_gone(env: &mut BrokerEnv) {
+    async fn g11_purged_ones_are_gone(env: &mut KillableEnv) {
         let (a, b) = (env.client("a", &["x"]).await, env.client("b", &["x"]).await);
         bury(env, &a, 3).await;
         dead_letters(env, &a, 3).await;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use backbone::broker::{BrokerErrorKind, DeadReason, Outcome, Queue, Target, settle};
 
-use crate::support::env::{delivered_bodies, forward_all, message, next, next_exactly, numbered, numbers, settle_all};
+use crate::support::env::{KillableEnv, delivered_bodies, forward_all, message, next, next_exactly, numbered, numbers, settle_all};
 use crate::support::wait::SOON;
 use crate::support::{BrokerEnv, eventually, stays_pending};
 
@@ -48,7 +48,7 @@ broker_tests! {
         eventually("it is settled", SOON, async || (env.depths(&a).await.outbox == 0).then_some(())).await;
     }
 
-    async fn g2_the_unsettled_come_back_after_a_kill(env: &mut BrokerEnv) {
+    async fn g2_the_unsettled_come_back_after_a_kill(env: &mut KillableEnv) {
         let a = env.client("a", &[]).await;
         let outbox = Queue::Outbox(a.clone());
         env.publish(&outbox, numbered(&a, "x", 5)).await;
@@ -60,7 +60,7 @@ broker_tests! {
         assert_eq!(delivered_bodies(&next_exactly(&mut consumer, 5).await), numbers(5));
     }
 
-    async fn g2_forwarded_messages_are_never_between_two_queues(env: &mut BrokerEnv) {
+    async fn g2_forwarded_messages_are_never_between_two_queues(env: &mut KillableEnv) {
         let a = env.client("a", &[]).await;
         let outbox = Queue::Outbox(a.clone());
         env.publish(&outbox, numbered(&a, "x", 60)).await;
@@ -87,7 +87,7 @@ broker_tests! {
         }
     }
 
-    async fn g2_delayed_and_dead_ones_survive_a_kill(env: &mut BrokerEnv) {
+    async fn g2_delayed_and_dead_ones_survive_a_kill(env: &mut KillableEnv) {
         let a = env.client("a", &["x"]).await;
         let inbox = Queue::Inbox(a.clone());
         env.route(&a, "x", &["0", "1"]).await;

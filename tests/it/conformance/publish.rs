@@ -7,7 +7,7 @@ use backbone::broker::{BrokerErrorKind, Outcome, Queue, Target};
 use backbone::client::Limits;
 use futures_util::FutureExt as _;
 
-use crate::support::env::{
+use crate::support::env::{KillableEnv, 
     client_id, delivered_bodies, message, next_exactly, numbered, numbers, own_message, settle_all,
 };
 use crate::support::memory::resident_bytes;
@@ -15,7 +15,7 @@ use crate::support::wait::SOON;
 use crate::support::{BrokerEnv, eventually, stays_pending};
 
 broker_tests! {
-    async fn g1_what_was_published_survives_a_kill(env: &mut BrokerEnv) {
+    async fn g1_what_was_published_survives_a_kill(env: &mut KillableEnv) {
         let a = env.client("a", &[]).await;
         let outbox = Queue::Outbox(a.clone());
         env.publish(&outbox, numbered(&a, "x.y", 50)).await;
@@ -106,7 +106,7 @@ broker_tests! {
         assert!(publish(Queue::Notify(a.clone()), own_message(&a, "1", None, "1")).await, "one window for both");
     }
 
-    async fn g5_own_ids_survive_restart_and_kill(env: &mut BrokerEnv) {
+    async fn g5_own_ids_survive_restart_and_kill(env: &mut KillableEnv) {
         let a = env.client("a", &[]).await;
         let outbox = Queue::Outbox(a.clone());
         for (round, id) in ["1", "2", "3"].into_iter().enumerate() {

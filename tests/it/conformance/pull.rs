@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use backbone::broker::{BrokerErrorKind, DeadReason, PullMode, PullOutcome, Pulled, Receipt};
 
-use crate::support::env::{bodies, client_id, numbers};
+use crate::support::env::{KillableEnv, bodies, client_id, numbers};
 use crate::support::wait::{A_WHILE, SOON, soon};
 use crate::support::{BrokerEnv, eventually, stays_pending};
 
@@ -77,7 +77,7 @@ broker_tests! {
         assert_eq!(env.depths(&a).await.inbox, 1);
     }
 
-    async fn g9_a_receipt_ends_with_the_broker(env: &mut BrokerEnv) {
+    async fn g9_a_receipt_ends_with_the_broker(env: &mut KillableEnv) {
         let a = env.client("a", &["x"]).await;
         env.route(&a, "x", &["0"]).await;
         let before = receipts(&env.pull_exactly(&a, 1, LONG).await);
@@ -128,7 +128,7 @@ broker_tests! {
         assert_eq!(env.depths(&a).await.inbox, 0);
     }
 
-    async fn g9_a_settled_lease_stays_settled_after_a_kill(env: &mut BrokerEnv) {
+    async fn g9_a_settled_lease_stays_settled_after_a_kill(env: &mut KillableEnv) {
         let a = env.client("a", &["x"]).await;
         env.route(&a, "x", &["0", "1", "2"]).await;
         let pulled = env.pull_exactly(&a, 3, LONG).await;
@@ -140,7 +140,7 @@ broker_tests! {
         assert!(env.pull(&a, 10, A_WHILE, LONG).await.is_empty());
     }
 
-    async fn g10_auto_is_gone_for_good(env: &mut BrokerEnv) {
+    async fn g10_auto_is_gone_for_good(env: &mut KillableEnv) {
         let a = env.client("a", &["x"]).await;
         env.route(&a, "x", &["0", "1", "2"]).await;
         let pulled = env.pull_exactly(&a, 2, PullMode::Auto).await;

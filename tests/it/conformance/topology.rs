@@ -6,7 +6,7 @@ use backbone::broker::{BrokerErrorKind, Health, Outcome, PullMode, Queue, Target
 use backbone::client::Limits;
 
 use crate::support::BrokerEnv;
-use crate::support::env::{bodies, message, next_exactly, numbered, settle_all};
+use crate::support::env::{KillableEnv, bodies, message, next_exactly, numbered, settle_all};
 use crate::support::wait::soon;
 
 broker_tests! {
@@ -24,7 +24,7 @@ broker_tests! {
         assert!(env.drain(&a).await.is_empty(), "bound twice is bound once");
     }
 
-    async fn g13_the_topology_survives_a_kill(env: &mut BrokerEnv) {
+    async fn g13_the_topology_survives_a_kill(env: &mut KillableEnv) {
         let a = env.client("a", &["x.*", "y"]).await;
         let gone = env.client("gone", &["#"]).await;
         env.bind(&a, &["y", "z"]).await;
@@ -78,7 +78,7 @@ broker_tests! {
         assert_eq!(pull.map(|_| ()).expect_err("no inbox").kind, BrokerErrorKind::NotFound);
     }
 
-    async fn g13_deleting_a_client_takes_nothing_of_another(env: &mut BrokerEnv) {
+    async fn g13_deleting_a_client_takes_nothing_of_another(env: &mut KillableEnv) {
         let (a, b) = (env.client("a", &["x"]).await, env.client("b", &["x"]).await);
         env.route(&a, "x", &["0"]).await;
         env.publish(&Queue::Publish, vec![message(&a, Some("x"), "1")]).await;

@@ -1,11 +1,12 @@
 //! A broker without a router, for the conformance suite: it can be closed, killed and opened again.
 
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use backbone::broker::{
-    Broker, Consumer, Delivery, Depths, Outcome, Published, PullMode, Pulled, Queue, Target, settle,
+    Broker, Consumer, Delivery, Depths, Health, Outcome, Published, PullMode, Pulled, Queue, Target, settle,
 };
 use backbone::client::{ClientId, Limits};
 use backbone::db::Db;
@@ -16,7 +17,8 @@ use serde_json::value::RawValue;
 use tempfile::TempDir;
 
 use super::fixture::{BrokerKind, Fixture};
-use super::wait::soon;
+use super::rabbitmq::{Node, VirtualHost};
+use super::wait::{SOON, eventually, soon};
 
 /// A broker under test, and what a test does with it all the time.
 pub(crate) struct BrokerEnv {
@@ -26,6 +28,16 @@ pub(crate) struct BrokerEnv {
 
 enum Backend {
     Embedded { directory: TempDir, db: Db, broker: Arc<dyn Broker> },
+    /// Closed, and not open again yet.
+    Reopening,
+    Rabbitmq { place: Place, kind: BrokerKind, directory: TempDir, db: Db, broker: Arc<dyn Broker> },
+}
+
+/// Where on RabbitMQ.
+enum Place {
+    /// For tests that kill it.
+    Node(Node),
+    Shared(VirtualHost),
 }
 
 /// For how long own ids are remembered unless a test says otherwise.
@@ -37,6 +49,21 @@ async fn open_embedded(directory: TempDir, dedup_window: Duration) -> Backend {
     let telemetry = backbone::telemetry::new(1000);
     let broker = backbone::broker::embedded::open(db.clone(), options, telemetry).await.expect("opens the broker");
     Backend::Embedded { directory, db, broker }
+}
+
+/// Connects to RabbitMQ, with what this process knows of it in a file in `directory`, and waits until it is ready.
+async fn open_rabbitmq(place: Place, kind: BrokerKind, directory: TempDir, dedup_window: Duration) -> Backend {
+    let db = Db::open(&directory.path().join("backbone.db")).expect("opens the file");
+    let url = match &place {
+        Place::Node(node) => node.url(),
+        Place::Shared(host) => host.url(),
+    };
+    let options =
+        backbone::broker::amqp::Options { url, queue_type: kind.queue_type(), management_url: None, dedup_window };
+    let telemetry = backbone::telemetry::new(1000);
+    let broker = backbone::broker::amqp::connect(options, db.clone(), telemetry).await.expect("opens the broker");
+    eventually("RabbitMQ is reached", SOON, async || (broker.health() == Health::Ready).then_some(())).await;
+    Backend::Rabbitmq { place, kind, directory, db, broker }
 }
 
 /// Copies what a kill would leave of an open file. The write-ahead log first: what a checkpoint moves meanwhile is then
@@ -53,9 +80,12 @@ fn copy_files(from: &Path, to: &Path) {
 
 impl Fixture for BrokerEnv {
     async fn start(kind: BrokerKind) -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
         let backend = match kind {
-            BrokerKind::Embedded => {
-                open_embedded(tempfile::tempdir().expect("a temporary directory"), DEDUP_WINDOW).await
+            BrokerKind::Embedded => open_embedded(directory, DEDUP_WINDOW).await,
+            BrokerKind::RabbitmqClassic | BrokerKind::RabbitmqQuorum => {
+                let place = Place::Shared(VirtualHost::create().await);
+                open_rabbitmq(place, kind, directory, DEDUP_WINDOW).await
             }
         };
         Self { dedup_window: DEDUP_WINDOW, backend }
@@ -63,12 +93,55 @@ impl Fixture for BrokerEnv {
 
     async fn finish(self) {
         match self.backend {
-            Backend::Embedded { db, broker, .. } => {
+            Backend::Embedded { db, broker, .. } | Backend::Rabbitmq { db, broker, .. } => {
                 soon("the broker closes", broker.close()).await;
                 drop(broker);
                 db.close();
             }
+            Backend::Reopening => {}
         }
+    }
+}
+
+/// A [`BrokerEnv`] for tests that kill the broker: RabbitMQ on a node of its own.
+pub(crate) struct KillableEnv(BrokerEnv);
+
+impl Fixture for KillableEnv {
+    async fn start(kind: BrokerKind) -> Self {
+        if !kind.is_rabbitmq() {
+            return Self(BrokerEnv::start(kind).await);
+        }
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let place = Place::Node(Node::start().await);
+        let backend = open_rabbitmq(place, kind, directory, DEDUP_WINDOW).await;
+        Self(BrokerEnv { dedup_window: DEDUP_WINDOW, backend })
+    }
+
+    async fn finish(self) {
+        self.0.finish().await;
+    }
+}
+
+impl Deref for KillableEnv {
+    type Target = BrokerEnv;
+
+    fn deref(&self) -> &BrokerEnv {
+        &self.0
+    }
+}
+
+impl DerefMut for KillableEnv {
+    fn deref_mut(&mut self) -> &mut BrokerEnv {
+        &mut self.0
+    }
+}
+
+impl KillableEnv {
+    /// Kills the broker (and, if that is a process of its own, the connection to it) at this very moment, and opens
+    /// what is left. For the embedded broker that is a copy of its files as they are now: to a file a kill of the
+    /// process is nothing but the end of writing. Real kills of a real process are in `crash`.
+    pub(crate) async fn kill(&mut self) {
+        self.0.reopen(true).await;
     }
 }
 
@@ -76,20 +149,14 @@ impl BrokerEnv {
     /// The broker.
     pub(crate) fn broker(&self) -> Arc<dyn Broker> {
         match &self.backend {
-            Backend::Embedded { broker, .. } => Arc::clone(broker),
+            Backend::Embedded { broker, .. } | Backend::Rabbitmq { broker, .. } => Arc::clone(broker),
+            Backend::Reopening => panic!("opening it again failed"),
         }
     }
 
     /// Closes the broker and opens it again. Consumers and deliveries of before are dead.
     pub(crate) async fn restart(&mut self) {
         self.reopen(false).await;
-    }
-
-    /// Kills the broker (and, if that is a process of its own, the connection to it) at this very moment, and opens
-    /// what is left. For the embedded broker that is a copy of its files as they are now: to a file a kill of the
-    /// process is nothing but the end of writing. Real kills of a real process are in `crash`.
-    pub(crate) async fn kill(&mut self) {
-        self.reopen(true).await;
     }
 
     /// Opens again with another dedup window.
@@ -99,7 +166,24 @@ impl BrokerEnv {
     }
 
     async fn reopen(&mut self, killed: bool) {
-        match &mut self.backend {
+        let backend = std::mem::replace(&mut self.backend, Backend::Reopening);
+        self.backend = match backend {
+            Backend::Reopening => panic!("opening it again failed before"),
+            Backend::Rabbitmq { mut place, kind, directory, db, broker } => {
+                let copy = tempfile::tempdir().expect("a temporary directory");
+                if killed {
+                    let Place::Node(node) = &mut place else { panic!("a shared node is not killed") };
+                    node.kill();
+                    copy_files(directory.path(), copy.path());
+                    node.restart().await;
+                }
+                soon("the broker closes", broker.close()).await;
+                db.close();
+                if !killed {
+                    copy_files(directory.path(), copy.path());
+                }
+                open_rabbitmq(place, kind, copy, self.dedup_window).await
+            }
             Backend::Embedded { directory, db, broker } => {
                 // A copy in both cases: what a test still holds of the old broker holds the old file as well.
                 let copy = tempfile::tempdir().expect("a temporary directory");
@@ -111,9 +195,9 @@ impl BrokerEnv {
                 if !killed {
                     copy_files(directory.path(), copy.path());
                 }
-                self.backend = open_embedded(copy, self.dedup_window).await;
+                open_embedded(copy, self.dedup_window).await
             }
-        }
+        };
     }
 
     /// Declares a client without limits, bound to these patterns.

@@ -2,11 +2,19 @@
 //!
 //! To add one: a variant of [`BrokerKind`], a line in `broker_tests!`, and the arms that the compiler then asks for.
 
+use backbone::config::QueueType;
+
+use super::rabbitmq::VirtualHost;
+
 /// Which broker a test runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum BrokerKind {
     /// In the process, on a file in a fresh directory.
     Embedded,
+    /// RabbitMQ with classic queues.
+    RabbitmqClassic,
+    /// RabbitMQ with quorum queues.
+    RabbitmqQuorum,
 }
 
 /// What a router needs of a broker that is a process of its own.
@@ -23,7 +31,34 @@ impl BrokerKind {
     pub(crate) async fn provision(self) -> Provision {
         match self {
             Self::Embedded => Provision::default(),
+            Self::RabbitmqClassic | Self::RabbitmqQuorum => {
+                let host = VirtualHost::create().await;
+                let router_env = self.router_env(host.url());
+                Provision { router_env, _keep: Some(Box::new(host)) }
+            }
         }
+    }
+
+    /// The variables by which a router uses the RabbitMQ at `url` with queues of this kind.
+    pub(crate) fn router_env(self, url: String) -> Vec<(String, String)> {
+        let kind = match self.queue_type() {
+            QueueType::Classic => "classic",
+            QueueType::Quorum => "quorum",
+        };
+        vec![("SOAR_BROKER_URL".into(), url), ("SOAR_QUEUE_TYPE".into(), kind.into())]
+    }
+
+    /// Of which type its queues are; what the embedded broker has counts as quorum.
+    pub(crate) fn queue_type(self) -> QueueType {
+        match self {
+            Self::RabbitmqClassic => QueueType::Classic,
+            Self::Embedded | Self::RabbitmqQuorum => QueueType::Quorum,
+        }
+    }
+
+    /// Whether it is RabbitMQ.
+    pub(crate) fn is_rabbitmq(self) -> bool {
+        self != Self::Embedded
     }
 }
 
@@ -49,6 +84,8 @@ macro_rules! broker_tests {
     ($( $(#[$meta:meta])* async fn $name:ident($env:ident: &mut $fixture:ty) $body:block )*) => {
         $( $(#[$meta])* async fn $name($env: &mut $fixture) $body )*
         broker_tests!(@on embedded Embedded [$($name: $fixture,)*]);
+        broker_tests!(@on rabbitmq_classic RabbitmqClassic [$($name: $fixture,)*]);
+        broker_tests!(@on rabbitmq_quorum RabbitmqQuorum [$($name: $fixture,)*]);
     };
     (@on $module:ident $kind:ident [$($name:ident: $fixture:ty,)*]) => {
         mod $module {

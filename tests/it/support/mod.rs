@@ -5,6 +5,7 @@
 //! - `env`: `BrokerEnv`, a broker without a router, for the conformance suite.
 //! - `control`: `ControlPlane`, a broker and the registry on it, without HTTP.
 //! - `endpoint`: `FakeEndpoint`, a webhook endpoint with every fault.
+//! - `rabbitmq`: private nodes, clusters, and virtual hosts on a node that tests share.
 //! - `load`: producers and consumers that note everything, and the reckoning.
 //! - `socket`: a client's WebSocket.
 //! - `wait`: waiting for a condition with a deadline, and for nothing to happen. `memory`: how much a process has.
@@ -19,6 +20,7 @@ pub(crate) mod http;
 pub(crate) mod load;
 pub(crate) mod memory;
 pub(crate) mod process;
+pub(crate) mod rabbitmq;
 pub(crate) mod socket;
 pub(crate) mod wait;
 

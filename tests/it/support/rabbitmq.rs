@@ -1,0 +1,485 @@
+//! RabbitMQ nodes of the tests' own: on loopback, each with its name, directories, ports and cookie; killed by pid.
+//!
+//! - [`Node`]: one node, private to a test, that can be killed, started again, and told things by `rabbitmqctl`.
+//! - [`Cluster`]: several that form one.
+//! - [`VirtualHost`]: a corner of a node that many tests share, for tests that do nothing to the node itself. It is
+//!   shared by the test processes of a run when `BACKBONE_TEST_RABBITMQ` names a directory (`scripts/test.sh` does, and
+//!   kills the node at the end); else it is on a node of its own.
+//!
+//! A node listens on loopback addresses that no other test has, so the usual ports are free there, before and after a
+//! restart. It is the child process itself: a kill hits RabbitMQ and not a shell around it.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::wait::eventually;
+
+/// Where the Debian package has its programs.
+const PROGRAMS: &str = "/usr/lib/rabbitmq/bin";
+/// How long a node may take to start. A few seconds on an idle machine.
+const START: Duration = Duration::from_secs(90);
+const USER: &str = "tests";
+const PASSWORD: &str = "tests-password";
+const AMQP_PORT: u16 = 5672;
+const MANAGEMENT_PORT: u16 = 15672;
+
+/// What all nodes of a cluster, or a single node, have in common.
+struct Home {
+    directory: PathBuf,
+    epmd_port: u16,
+    /// `None` when it is another process's: the shared node's.
+    _epmd: Option<Epmd>,
+}
+
+/// The daemon by which Erlang nodes find each other, in the foreground as a child.
+struct Epmd(Child);
+
+impl Drop for Epmd {
+    fn drop(&mut self) {
+        // It may have ended; what matters is that nothing is left behind.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn spawn_epmd(directory: &Path, addresses: &[Ipv4Addr]) -> (u16, Child) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    let port = listener.local_addr().expect("a bound socket has an address").port();
+    drop(listener);
+    let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    let log = File::create(directory.join("epmd.log")).expect("a log file");
+    let mut command = Command::new("epmd");
+    command.args(["-port", &port.to_string(), "-address", &addresses.join(",")]);
+    command.env("ERL_EPMD_RELAXED_COMMAND_CHECK", "1");
+    command.process_group(0).stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log);
+    (port, command.spawn().expect("epmd starts: is rabbitmq-server installed?"))
+}
+
+/// A loopback address that no other node of any test has.
+fn own_address() -> Ipv4Addr {
+    static STARTED: AtomicU32 = AtomicU32::new(0);
+    let number = std::process::id().wrapping_mul(16).wrapping_add(STARTED.fetch_add(1, Ordering::Relaxed));
+    let [_, _, a, b] = (number / 250).to_be_bytes();
+    let c = u8::try_from(number % 250 + 1).expect("at most 250");
+    // Routers have odd second bytes, and 127.0.x.y is what everybody uses.
+    Ipv4Addr::new(127, (a | 3) ^ 1, b, c)
+}
+
+/// A RabbitMQ node. Dropped, it is killed.
+pub(crate) struct Node {
+    address: Ipv4Addr,
+    directory: PathBuf,
+    home: Arc<Home>,
+    child: Option<Child>,
+    _temporary: Option<Arc<TempDir>>,
+}
+
+impl Node {
+    /// Starts one and waits until it takes connections.
+    pub(crate) async fn start() -> Self {
+        let node = Self::prepare("");
+        Self::started(node).await
+    }
+
+    /// The same with more lines in its `rabbitmq.conf`.
+    pub(crate) async fn start_with(configuration: &str) -> Self {
+        let node = Self::prepare(configuration);
+        Self::started(node).await
+    }
+
+    /// One that is not started yet: its address is known.
+    pub(crate) fn prepare(configuration: &str) -> Self {
+        let temporary = Arc::new(tempfile::tempdir().expect("a temporary directory"));
+        let address = own_address();
+        let home = Arc::new(Home::new(temporary.path(), &[address], true));
+        let mut node = Self::on(home, address, &temporary.path().join("node"), configuration);
+        node._temporary = Some(temporary);
+        node
+    }
+
+    async fn started(mut self) -> Self {
+        self.spawn();
+        self.wait_until_up().await;
+        self
+    }
+
+    fn on(home: Arc<Home>, address: Ipv4Addr, directory: &Path, configuration: &str) -> Self {
+        std::fs::create_dir_all(directory).expect("makes the node's directory");
+        let configuration = format!(
+            "listeners.tcp.1 = {address}:{AMQP_PORT}\n\
+             management.tcp.ip = {address}\nmanagement.tcp.port = {MANAGEMENT_PORT}\n\
+             default_user = {USER}\ndefault_pass = {PASSWORD}\n\
+             default_user_tags.administrator = true\n\
+             loopback_users = none\ndisk_free_limit.absolute = 50MB\nlog.file.level = info\n{configuration}\n"
+        );
+        std::fs::write(directory.join("rabbitmq.conf"), configuration).expect("writes");
+        std::fs::write(directory.join("enabled_plugins"), "[rabbitmq_management].\n").expect("writes");
+        Self { address, directory: directory.to_owned(), home, child: None, _temporary: None }
+    }
+
+    /// Its Erlang name.
+    pub(crate) fn name(&self) -> String {
+        format!("rabbit@{}", self.address)
+    }
+
+    /// Where it takes AMQP connections.
+    pub(crate) fn amqp_address(&self) -> SocketAddr {
+        (self.address, AMQP_PORT).into()
+    }
+
+    /// `amqp://…` of its default virtual host.
+    pub(crate) fn url(&self) -> String {
+        amqp_url(self.amqp_address(), "%2f")
+    }
+
+    /// The same through a proxy at another address.
+    pub(crate) fn url_through(&self, address: SocketAddr) -> String {
+        amqp_url(address, "%2f")
+    }
+
+    /// The management API's `http://…`, with credentials.
+    pub(crate) fn management_url(&self) -> String {
+        format!("http://{USER}:{PASSWORD}@{}:{MANAGEMENT_PORT}", self.address)
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the node runs").id()
+    }
+
+    /// Everything that it has logged, over all its lives.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read(self.directory.join("node.log"))
+            .map(|log| String::from_utf8_lossy(&log).into_owned())
+            .unwrap_or_default()
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(Path::new(PROGRAMS).join(program));
+        let address = self.address;
+        let path = |name: &str| self.directory.join(name);
+        let tuple = address.to_string().replace('.', ",");
+        command
+            .env_clear()
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("LANG", "C.UTF-8")
+            .env("HOME", &self.home.directory)
+            .env("ERL_EPMD_PORT", self.home.epmd_port.to_string())
+            .env("ERL_EPMD_ADDRESS", address.to_string())
+            .env("RABBITMQ_NODENAME", self.name())
+            .env("RABBITMQ_USE_LONGNAME", "true")
+            .env("RABBITMQ_DIST_PORT", "25672")
+            .env("RABBITMQ_BASE", &self.directory)
+            .env("RABBITMQ_MNESIA_BASE", path("mnesia"))
+            .env("RABBITMQ_MNESIA_DIR", path("mnesia/data"))
+            .env("RABBITMQ_LOG_BASE", path("log"))
+            .env("RABBITMQ_LOGS", path("node.log"))
+            .env("RABBITMQ_SCHEMA_DIR", path("schema"))
+            .env("RABBITMQ_GENERATED_CONFIG_DIR", path("config"))
+            .env("RABBITMQ_CONFIG_FILE", path("rabbitmq.conf"))
+            .env("RABBITMQ_ADVANCED_CONFIG_FILE", path("advanced.config"))
+            .env("RABBITMQ_CONF_ENV_FILE", path("none.conf"))
+            .env("RABBITMQ_ENABLED_PLUGINS_FILE", path("enabled_plugins"))
+            .env("RABBITMQ_PID_FILE", path("pid"))
+            // The script becomes the node instead of waiting for it.
+            .env("RUNNING_UNDER_SYSTEMD", "true")
+            .env(
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+                format!("-start_epmd false -kernel inet_dist_use_interface {{{tuple}}}"),
+            )
+            .stdin(Stdio::null())
+            .current_dir(&self.home.directory);
+        command
+    }
+
+    /// Starts the process; does not wait.
+    pub(crate) fn spawn(&mut self) {
+        assert!(self.child.is_none(), "it runs already");
+        let path = self.directory.join("output.log");
+        let output = std::fs::OpenOptions::new().create(true).append(true).open(path).expect("a log file");
+        let mut command = self.command("rabbitmq-server");
+        // Out of the test's process group: a shared node outlives its test.
+        command.process_group(0).stdout(output.try_clone().expect("a second handle")).stderr(output);
+        self.child = Some(command.spawn().expect("rabbitmq-server starts: is it installed?"));
+    }
+
+    /// Waits until it takes connections, and its management answers.
+    ///
+    /// # Panics
+    /// With the log's end when it does not, or when it exits.
+    pub(crate) async fn wait_until_up(&mut self) {
+        let overview = format!("{}/api/overview", self.management_url());
+        let http = super::http::client();
+        eventually("RabbitMQ is up", START, async || {
+            if let Some(child) = &mut self.child
+                && let Some(status) = child.try_wait().expect("a child can be waited for")
+            {
+                panic!("the node exited ({status}); its output ends:\n{}", self.tail());
+            }
+            let answer = http.get(&overview).timeout(Duration::from_secs(2)).send().await.ok()?;
+            (answer.status() == 200 && std::net::TcpStream::connect(self.amqp_address()).is_ok()).then_some(())
+        })
+        .await;
+    }
+
+    fn tail(&self) -> String {
+        let output = std::fs::read_to_string(self.directory.join("output.log")).unwrap_or_default();
+        let all = output + &self.log();
+        let lines: Vec<&str> = all.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().expect("a child can be killed");
+            child.wait().expect("a child can be waited for");
+        }
+    }
+
+    /// Starts it again on what it left, and waits until it is up.
+    pub(crate) async fn restart(&mut self) {
+        self.kill();
+        self.spawn();
+        self.wait_until_up().await;
+    }
+
+    /// Sends it a signal, such as STOP and CONT: a node that hangs.
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw).expect("a process id");
+        kill_process(pid, signal).expect("a child can be signalled");
+    }
+
+    /// `rabbitmqctl`; takes a second or two.
+    ///
+    /// # Panics
+    /// With what it said, when it fails.
+    pub(crate) async fn ctl(&self, arguments: &[&str]) -> String {
+        let mut command = self.command("rabbitmqctl");
+        command.args(["--longnames", "-n", &self.name()]).args(arguments);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let run = actix_rt::task::spawn_blocking(move || command.output());
+        let Output { status, stdout, stderr } = run.await.expect("does not panic").expect("rabbitmqctl starts");
+        let said = String::from_utf8_lossy(&stdout).into_owned();
+        assert!(status.success(), "rabbitmqctl {arguments:?}: {said}{}", String::from_utf8_lossy(&stderr));
+        said
+    }
+
+    /// A call to the management API; the answer, if it is JSON.
+    ///
+    /// # Panics
+    /// When it is not a 2xx.
+    pub(crate) async fn manage(&self, method: reqwest::Method, path: &str, body: Option<Value>) -> Value {
+        manage(&self.management_url(), method, path, body).await
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if std::thread::panicking() && self.child.is_some() {
+            eprintln!("---- the node's log ends:\n{}", self.tail());
+        }
+        if let Some(mut child) = self.child.take() {
+            // A test that failed may leave it in any state; what matters is that nothing is left behind.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Home {
+    fn new(directory: &Path, addresses: &[Ipv4Addr], own_epmd: bool) -> Self {
+        std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700)).expect("sets the mode");
+        let cookie = format!("{:032x}", rand::random::<u128>());
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o400)
+            .open(directory.join(".erlang.cookie"))
+            .expect("a cookie file");
+        file.write_all(cookie.as_bytes()).expect("writes");
+        let (epmd_port, epmd) = spawn_epmd(directory, addresses);
+        let epmd = if own_epmd {
+            Some(Epmd(epmd))
+        } else {
+            note_pid(directory, epmd.id());
+            None
+        };
+        Self { directory: directory.to_owned(), epmd_port, _epmd: epmd }
+    }
+}
+
+fn note_pid(directory: &Path, pid: u32) {
+    let path = directory.join("pids");
+    let mut pids = std::fs::OpenOptions::new().create(true).append(true).open(path).expect("opens the list of pids");
+    writeln!(pids, "{pid}").expect("writes");
+}
+
+fn amqp_url(address: SocketAddr, virtual_host: &str) -> String {
+    format!("amqp://{USER}:{PASSWORD}@{address}/{virtual_host}")
+}
+
+async fn manage(base: &str, method: reqwest::Method, path: &str, body: Option<Value>) -> Value {
+    let mut call = super::http::client().request(method, format!("{base}/api/{path}"));
+    if let Some(body) = body {
+        call = call.header("content-type", "application/json").body(body.to_string());
+    }
+    let answer = call.send().await.unwrap_or_else(|error| panic!("management API: {path}: {error}"));
+    let status = answer.status();
+    let text = answer.text().await.unwrap_or_default();
+    assert!(status.is_success(), "management API: {path}: {status} {text}");
+    serde_json::from_str(&text).unwrap_or(Value::Null)
+}
+
+/// Nodes that form a cluster. Quorum queues have a member on each.
+pub(crate) struct Cluster {
+    pub(crate) nodes: Vec<Node>,
+}
+
+impl Cluster {
+    /// Starts `count` nodes and joins them.
+    pub(crate) async fn start(count: usize) -> Self {
+        let temporary = Arc::new(tempfile::tempdir().expect("a temporary directory"));
+        let addresses: Vec<Ipv4Addr> = (0..count).map(|_| own_address()).collect();
+        let home = Arc::new(Home::new(temporary.path(), &addresses, true));
+        let mut nodes: Vec<Node> = Vec::new();
+        for address in addresses {
+            let directory = temporary.path().join(address.to_string());
+            let mut node = Node::on(Arc::clone(&home), address, &directory, "");
+            node._temporary = Some(Arc::clone(&temporary));
+            node.spawn();
+            nodes.push(node);
+        }
+        for node in &mut nodes {
+            node.wait_until_up().await;
+        }
+        let first = nodes[0].name();
+        for node in &nodes[1..] {
+            node.ctl(&["stop_app"]).await;
+            node.ctl(&["reset"]).await;
+            node.ctl(&["join_cluster", &first]).await;
+            node.ctl(&["start_app"]).await;
+        }
+        for node in &mut nodes {
+            node.wait_until_up().await;
+        }
+        Self { nodes }
+    }
+
+    /// The URLs of all nodes, with commas between.
+    pub(crate) fn url(&self) -> String {
+        self.nodes.iter().map(Node::url).collect::<Vec<_>>().join(",")
+    }
+}
+
+/// A virtual host of its own, deleted when dropped.
+pub(crate) struct VirtualHost {
+    name: String,
+    address: SocketAddr,
+    management_url: String,
+    /// The node, when it is not shared.
+    _node: Option<Node>,
+}
+
+impl VirtualHost {
+    /// Makes one, on the shared node of this run if there is to be one.
+    pub(crate) async fn create() -> Self {
+        #[expect(clippy::disallowed_methods, reason = "how test processes of a run find each other")]
+        let shared = std::env::var_os("BACKBONE_TEST_RABBITMQ");
+        let (address, management_url, node) = match shared {
+            Some(directory) => {
+                let (address, management_url) = shared_node(Path::new(&directory)).await;
+                (address, management_url, None)
+            }
+            None => {
+                let node = Node::start().await;
+                (node.amqp_address(), node.management_url(), Some(node))
+            }
+        };
+        let name = format!("test-{}", uuid::Uuid::now_v7().simple());
+        let host = Self { name, address, management_url, _node: node };
+        host.manage(reqwest::Method::PUT, &format!("vhosts/{}", host.name), None).await;
+        let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
+        host.manage(reqwest::Method::PUT, &format!("permissions/{}/{USER}", host.name), Some(all)).await;
+        host
+    }
+
+    /// Its `amqp://…`.
+    pub(crate) fn url(&self) -> String {
+        amqp_url(self.address, &self.name)
+    }
+
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The management API's `http://…`, with credentials.
+    pub(crate) fn management_url(&self) -> &str {
+        &self.management_url
+    }
+
+    /// A call to the management API; the answer, if it is JSON.
+    pub(crate) async fn manage(&self, method: reqwest::Method, path: &str, body: Option<Value>) -> Value {
+        manage(&self.management_url, method, path, body).await
+    }
+}
+
+impl Drop for VirtualHost {
+    fn drop(&mut self) {
+        if self._node.is_some() {
+            return;
+        }
+        // A thread, because the test's runtime may be at its end.
+        let call = format!("{}/api/vhosts/{}", self.management_url, self.name);
+        let delete = move || {
+            let runtime = actix_rt::Runtime::new()?;
+            runtime.block_on(async { super::http::client().delete(call).send().await }).map_err(std::io::Error::other)
+        };
+        match std::thread::spawn(delete).join() {
+            Ok(Ok(_)) => {}
+            failed => eprintln!("a virtual host is left over until the node is killed: {failed:?}"),
+        }
+    }
+}
+
+/// The node that the test processes of a run share. The first to need it starts it; who started them all kills it.
+async fn shared_node(directory: &Path) -> (SocketAddr, String) {
+    std::fs::create_dir_all(directory).expect("makes the directory");
+    let lock = File::create(directory.join("lock")).expect("a lock file");
+    let ready = directory.join("ready");
+    let lock = actix_rt::task::spawn_blocking(move || {
+        flock(&lock, FlockOperation::LockExclusive).expect("locks");
+        lock
+    });
+    let lock = lock.await.expect("does not panic");
+    if !ready.exists() {
+        let address = own_address();
+        let home = Arc::new(Home::new(directory, &[address], false));
+        let mut node = Node::on(home, address, &directory.join("node"), "");
+        node.spawn();
+        note_pid(directory, node.pid());
+        node.wait_until_up().await;
+        let found = json!({"amqp": node.amqp_address().to_string(), "management": node.management_url()});
+        std::fs::write(&ready, found.to_string()).expect("writes");
+        // Not a child that ends with this test.
+        drop(node.child.take());
+    }
+    drop(lock);
+    let found: Value = serde_json::from_slice(&std::fs::read(&ready).expect("reads")).expect("JSON");
+    let text = |name: &str| found[name].as_str().expect("text").to_owned();
+    (text("amqp").parse().expect("an address"), text("management"))
+}
