@@ -55,10 +55,14 @@ impl Drop for Epmd {
     }
 }
 
+/// A port that was free on every address a moment ago.
+fn free_port() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a free port");
+    listener.local_addr().expect("a bound socket has an address").port()
+}
+
 fn spawn_epmd(directory: &Path, addresses: &[Ipv4Addr]) -> (u16, Child) {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    let port = listener.local_addr().expect("a bound socket has an address").port();
-    drop(listener);
+    let port = free_port();
     let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
     let log = File::create(directory.join("epmd.log")).expect("a log file");
     let mut command = Command::new("epmd");
@@ -81,6 +85,8 @@ fn own_address() -> Ipv4Addr {
 /// A RabbitMQ node. Dropped, it is killed.
 pub(crate) struct Node {
     address: Ipv4Addr,
+    /// Where other nodes find it. One of its own, because a node that starts looks whether it is free on all addresses.
+    distribution_port: u16,
     directory: PathBuf,
     home: Arc<Home>,
     child: Option<Child>,
@@ -127,7 +133,8 @@ impl Node {
         );
         std::fs::write(directory.join("rabbitmq.conf"), configuration).expect("writes");
         std::fs::write(directory.join("enabled_plugins"), "[rabbitmq_management].\n").expect("writes");
-        Self { address, directory: directory.to_owned(), home, child: None, _temporary: None }
+        let distribution_port = free_port();
+        Self { address, distribution_port, directory: directory.to_owned(), home, child: None, _temporary: None }
     }
 
     /// Its Erlang name.
@@ -181,7 +188,7 @@ impl Node {
             .env("ERL_EPMD_ADDRESS", address.to_string())
             .env("RABBITMQ_NODENAME", self.name())
             .env("RABBITMQ_USE_LONGNAME", "true")
-            .env("RABBITMQ_DIST_PORT", "25672")
+            .env("RABBITMQ_DIST_PORT", self.distribution_port.to_string())
             .env("RABBITMQ_BASE", &self.directory)
             .env("RABBITMQ_MNESIA_BASE", path("mnesia"))
             .env("RABBITMQ_MNESIA_DIR", path("mnesia/data"))
