@@ -48,6 +48,8 @@ fn every_command_of_the_contract_is_there() {
         &["token"],
         &["token-key"],
         &["status"],
+        &["listen"],
+        &["listen", "127.0.0.1:0", "--webhook-secret", "whsec_x", "--status", "500", "--retry-after", "3", "--max", "1"],
         &["bench", "send", "pipe", "--seconds", "1"],
         &["demo"],
         &["completions", "zsh"],

@@ -45,6 +45,7 @@ impl Rig {
             log: AttemptLog::new(tables, Duration::from_secs(86_400)),
             breakers: Breakers::new(telemetry.clone()),
             telemetry,
+            hands: Arc::default(),
             disable_after: DISABLE_AFTER,
         };
         let secrets = Arc::new(RwLock::new(WebhookSecrets::generate()));
