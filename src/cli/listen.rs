@@ -173,9 +173,8 @@ async fn take(
     shared: web::Data<(mpsc::Sender<Arrival>, Option<String>)>,
 ) -> HttpResponse {
     let (arrivals, retry_after) = &**shared;
-    let header = |name: &str| {
-        request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
-    };
+    let header =
+        |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
     let (answer, answered) = oneshot::channel();
     let arrival = Arrival {
         id: header("webhook-id"),
@@ -188,8 +187,7 @@ async fn take(
         return HttpResponse::ServiceUnavailable().finish();
     }
     let Ok(status) = answered.await else { return HttpResponse::ServiceUnavailable().finish() };
-    let mut response =
-        HttpResponse::build(StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR));
+    let mut response = HttpResponse::build(StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR));
     if status != StatusCode::UNAUTHORIZED.as_u16()
         && let Some(when) = retry_after
     {
@@ -241,9 +239,7 @@ impl Receiver {
 
     /// `None` when there is nothing to verify with.
     fn verify(&self, arrival: &Arrival, now: Timestamp) -> Option<Result<(), crate::webhook::signature::VerifyError>> {
-        let check = |secret| {
-            verify(secret, &arrival.id, &arrival.timestamp_s, &arrival.signatures, &arrival.body, now)
-        };
+        let check = |secret| verify(secret, &arrival.id, &arrival.timestamp_s, &arrival.signatures, &arrival.body, now);
         let results: Vec<_> = self.secrets.iter().map(check).collect();
         results.iter().find(|result| result.is_ok()).or(results.first()).copied()
     }
@@ -291,7 +287,10 @@ mod tests {
         let (answer, answered) = oneshot::channel();
         let timestamp_s = (Timestamp::now().as_millis() / 1000).to_string();
         let signatures = signer.sign(id, &timestamp_s, body.as_bytes());
-        (Arrival { id: id.into(), timestamp_s, signatures, body: Bytes::from_static(body.as_bytes()), answer }, answered)
+        (
+            Arrival { id: id.into(), timestamp_s, signatures, body: Bytes::from_static(body.as_bytes()), answer },
+            answered,
+        )
     }
 
     fn receiver(secrets: &[&str]) -> Receiver {
@@ -323,7 +322,8 @@ mod tests {
 
     #[test]
     fn a_message_is_one_line() {
-        let body = b"{\"id\":\"1\",\"topic\":\"a.b\",\"sender\":\"noc-c2\",\"sent_at\":\"T\",\"message\":{\n\"n\": 1.0}}";
+        let body =
+            b"{\"id\":\"1\",\"topic\":\"a.b\",\"sender\":\"noc-c2\",\"sent_at\":\"T\",\"message\":{\n\"n\": 1.0}}";
         assert_eq!(line(body, true, false), "T  noc-c2  a.b  { \"n\": 1.0}");
         assert_eq!(line(body, false, true), "T  noc-c2  a.b  (again, not verified)  { \"n\": 1.0}");
         let broadcast = br#"{"id":"1","sender":"s","sent_at":"T","broadcast":true,"message":"x"}"#;

@@ -186,9 +186,10 @@ async fn without_a_secret_nothing_is_verified_and_that_is_said() {
     send(&sender, json!(1)).await;
     let listened = listener.end().await;
     assert!(listened.stdout.contains("(not verified)"), "{}", listened.stdout);
-    for (arguments, words) in
-        [(&["--webhook-secret", "whsec_"][..], "no webhook secret"), (&["--webhook-secret", "@/nowhere"], "cannot read")]
-    {
+    for (arguments, words) in [
+        (&["--webhook-secret", "whsec_"][..], "no webhook secret"),
+        (&["--webhook-secret", "@/nowhere"], "cannot read"),
+    ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_backbone"));
         command.env_clear().current_dir(app.directory()).args(["listen", "127.0.0.1:0"]).args(arguments);
         let output = command.output().expect("starts");
