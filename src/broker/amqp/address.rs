@@ -42,11 +42,6 @@ impl Addresses {
         &self.uris[attempt % self.uris.len()]
     }
 
-    /// How many there are.
-    pub(super) fn count(&self) -> usize {
-        self.uris.len()
-    }
-
     /// Host and port, for people. Never the password.
     pub(super) fn display(uri: &AMQPUri) -> String {
         format!("{}://{}:{}/{}", uri.scheme, uri.authority.host, uri.authority.port, uri.vhost.trim_start_matches('/'))
@@ -83,7 +78,7 @@ mod tests {
     #[test]
     fn defaults_are_filled_in_and_what_is_given_stays() {
         let one = Addresses::parse("amqp://me:secret@rabbit:5673/%2f").expect("an address");
-        assert_eq!((one.count(), one.user(), one.vhost()), (1, Some("me"), "/"));
+        assert_eq!((one.uris.len(), one.user(), one.vhost()), (1, Some("me"), "/"));
         assert_eq!(one.nth(5).query.frame_max, Some(FRAME_BYTES_MAX));
         assert_eq!(one.nth(0).query.heartbeat, Some(HEARTBEAT_S));
         assert_eq!(Addresses::display(one.nth(0)), "amqp://rabbit:5673/");

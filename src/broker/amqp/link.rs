@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::Shared;
 use super::address::Addresses;
-use super::error::broker_error;
+use super::error::{broker_error, with_cause};
 use super::session::{Role, Session, within};
 use crate::broker::{BrokerError, BrokerErrorKind, Health};
 
@@ -80,12 +80,10 @@ pub(super) async fn wait_up(link: &mut watch::Receiver<Link>) -> Option<Arc<Sess
 pub(super) async fn keep(shared: Arc<Shared>) {
     let mut closed = shared.link.subscribe();
     let work = async {
-        let mut epoch = 0;
         let mut log = Trouble::default();
         loop {
             let started = Instant::now();
-            let trouble = one_session(&shared, epoch, &mut log).await;
-            epoch += 1;
+            let trouble = one_session(&shared, &mut log).await;
             shared.set_link(Link::Down(trouble.as_str().into()));
             log.note(&trouble);
             if started.elapsed() > BACKOFF_MAX {
@@ -101,20 +99,17 @@ pub(super) async fn keep(shared: Arc<Shared>) {
 }
 
 /// Logs in, declares everything, and stays until a connection breaks. Returns what went wrong.
-async fn one_session(shared: &Arc<Shared>, epoch: u64, log: &mut Trouble) -> String {
+async fn one_session(shared: &Arc<Shared>, log: &mut Trouble) -> String {
     let uri = shared.addresses.nth(log.attempts);
     log.attempts = log.attempts.wrapping_add(1);
     let at = Addresses::display(uri);
-    let session = match Session::open(uri, epoch).await {
+    let session = match Session::open(uri).await {
         Ok(session) => Arc::new(session),
         Err(error) => return format!("cannot log in to RabbitMQ at {at}: {error}"),
     };
     if let Err(error) = shared.declare_everything(&session).await {
         session.close().await;
-        return match std::error::Error::source(&error) {
-            Some(cause) => format!("RabbitMQ at {at}: {error}: {cause}"),
-            None => format!("RabbitMQ at {at}: {error}"),
-        };
+        return format!("RabbitMQ at {at}: {}", with_cause(&error));
     }
     log::info!("connected to RabbitMQ at {at}");
     log.connected();
@@ -156,25 +151,43 @@ async fn probe(session: &Session) -> BrokerError {
     }
 }
 
-/// What the log has been told.
+/// The last trouble of which the log was told: the same again is told once a minute.
+#[derive(Default)]
+pub(super) struct Told(Option<(String, Instant)>);
+
+impl Told {
+    /// Whether the log should be told of this; notes that it is.
+    pub(super) fn is_news(&mut self, trouble: &str) -> bool {
+        let is_known = self.0.as_ref().is_some_and(|(told, at)| told == trouble && at.elapsed() < REMIND_EVERY);
+        if !is_known {
+            self.0 = Some((trouble.to_owned(), Instant::now()));
+        }
+        !is_known
+    }
+
+    /// The trouble is over.
+    pub(super) fn forget(&mut self) {
+        self.0 = None;
+    }
+}
+
+/// Attempts at a session.
 #[derive(Default)]
 struct Trouble {
     attempts: usize,
     failures: u32,
-    told: Option<(String, Instant)>,
+    told: Told,
 }
 
 impl Trouble {
     fn connected(&mut self) {
-        self.told = None;
+        self.told.forget();
     }
 
     fn note(&mut self, trouble: &str) {
         self.failures = self.failures.saturating_add(1);
-        let known = self.told.as_ref().is_some_and(|(told, at)| told == trouble && at.elapsed() < REMIND_EVERY);
-        if !known {
+        if self.told.is_news(trouble) {
             log::warn!("{trouble}; trying again");
-            self.told = Some((trouble.to_owned(), Instant::now()));
         }
     }
 

@@ -70,7 +70,7 @@ use self::consumer::{AmqpConsumer, ConsumerCore};
 use self::dedup::Dedup;
 use self::error::db_error;
 use self::held::{Held, ReturnMemory};
-use self::intake::{Intake, Subscription};
+use self::intake::{Intake, Left, Subscription};
 use self::lane::Lane;
 use self::link::Link;
 use self::management::Management;
@@ -225,22 +225,40 @@ impl Shared {
         &self.chore_intakes[share_of(queue, CHORE_INTAKES)]
     }
 
-    /// Ends a subscription. What it was handed and nobody looked at goes back, and does not count as handed out.
+    /// Ends a subscription. What nobody was handed goes back: what is in its buffer, and then what nobody looked at.
     fn end_subscription(
         self: &Arc<Self>,
         queue: &Queue,
         subscription: Subscription,
+        buffer: impl IntoIterator<Item = Held>,
         ended: Option<oneshot::Sender<()>>,
     ) {
         let (shared, channel) = (Arc::clone(self), Arc::clone(&subscription.channel));
         let (name, of) = (queue.to_string(), queue.clone());
-        let left = move |left: Vec<lapin::message::Delivery>| {
+        let mut first = Vec::new();
+        for held in buffer {
+            // What came on an earlier channel went back with that.
+            if Arc::ptr_eq(&held.channel, &channel) {
+                self.memory.note(held.key, held.before);
+                first.push(held.tag);
+            } else {
+                self.give_back(&held);
+            }
+        }
+        let note = move |left: Vec<lapin::message::Delivery>| {
             for delivery in left {
                 let held = Held::new(delivery, &channel, &name, shared.trusted(&of), &shared.memory);
                 shared.memory.note(held.key, held.before);
             }
         };
-        self.intake(queue).end(&self.thread, subscription, left, ended);
+        let left = Left::Back { first, note: Box::new(note), ended };
+        self.intake(queue).end(&self.thread, subscription, left);
+    }
+
+    /// Gives back one that nobody was handed.
+    fn give_back(&self, held: &Held) {
+        self.memory.note(held.key, held.before);
+        held.channel.give_back([held.tag]);
     }
 
     fn add_consumer(&self, core: &Arc<ConsumerCore>) {

@@ -9,8 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions};
@@ -19,7 +18,6 @@ use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Event};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, watch};
 
-use super::topology;
 use super::wire::short;
 
 /// What a connection is for.
@@ -66,39 +64,42 @@ pub(super) const CONTROL_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a queue may take to answer. RabbitMQ itself gives up after five seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long after logging in a queue may have no leader yet. On a node that has just started it takes less than a second
+/// to elect one.
+const LEADERS_WITHIN: Duration = Duration::from_secs(3);
+
 /// A set of connections. See the module.
 pub(super) struct Session {
-    /// Counts sessions; things of an earlier one are dead.
-    pub(super) epoch: u64,
     uri: AMQPUri,
     connections: [Connection; 5],
     idle: Mutex<Vec<(Channel, u32)>>,
     turns: Semaphore,
     /// Why RabbitMQ takes no messages, while it does not.
     blocked: watch::Sender<Option<Arc<str>>>,
-    /// Something is broken that only a new session mends.
-    broken: AtomicBool,
     /// Retry queues that are known to be there.
     retries: Mutex<BTreeSet<u64>>,
     /// Something that belongs to no client was not there.
     suspect: Notify,
+    since: Instant,
+    /// Queues that were made in this session, so that they are known to have a leader; until that shows.
+    led: Mutex<BTreeSet<String>>,
 }
 
 impl Session {
     /// Logs in.
-    pub(super) async fn open(uri: &AMQPUri, epoch: u64) -> Result<Self, lapin::Error> {
+    pub(super) async fn open(uri: &AMQPUri) -> Result<Self, lapin::Error> {
         let [a, b, c, d, e] = Role::ALL.map(|role| connect(uri, role.name()));
         let (a, b, c, d, e) = futures_util::try_join!(a, b, c, d, e)?;
         Ok(Self {
             uri: uri.clone(),
-            epoch,
             connections: [a, b, c, d, e],
             idle: Mutex::new(Vec::new()),
             turns: Semaphore::new(CONTROL_CHANNELS),
             blocked: watch::Sender::new(None),
-            broken: AtomicBool::new(false),
             retries: Mutex::default(),
             suspect: Notify::new(),
+            since: Instant::now(),
+            led: Mutex::default(),
         })
     }
 
@@ -152,29 +153,44 @@ impl Session {
 
     /// Whether every connection is up.
     pub(super) fn is_alive(&self) -> bool {
-        !self.broken.load(Ordering::Relaxed)
-            && self.connections.iter().all(|connection| connection.status().connected())
+        self.connections.iter().all(|connection| connection.status().connected())
     }
 
-    /// Asks for a new session.
-    pub(super) fn give_up(&self) {
-        self.broken.store(true, Ordering::Relaxed);
+    /// Whether a quorum queue that says that it has no messages has none. One without a leader says so as well, and after
+    /// a restart of RabbitMQ they have none for a moment.
+    pub(super) fn counts_are_sure(&self, queue: &str) -> bool {
+        self.since.elapsed() > LEADERS_WITHIN || self.led.lock().contains(queue)
     }
 
-    /// Sees to it that the retry queue for this delay is there.
-    pub(super) async fn retry_queue(&self, seconds: u64) -> Result<(), lapin::Error> {
-        if self.retries.lock().contains(&seconds) {
-            return Ok(());
+    /// Notes queues that were made in this session.
+    pub(super) fn note_led(&self, queues: impl IntoIterator<Item = String>) {
+        let mut led = self.led.lock();
+        if self.since.elapsed() <= LEADERS_WITHIN {
+            led.extend(queues);
+        } else {
+            led.clear();
         }
-        self.control(async |channel| topology::declare_retry(channel, seconds).await).await?;
+    }
+
+    /// Whether the retry queue for this delay is known to be there.
+    pub(super) fn has_retry(&self, seconds: u64) -> bool {
+        self.retries.lock().contains(&seconds)
+    }
+
+    /// Notes that it is.
+    pub(super) fn note_retry(&self, seconds: u64) {
         self.retries.lock().insert(seconds);
-        Ok(())
     }
 
     /// An exchange was not there: everything that belongs to no client is to be declared again.
     pub(super) fn suspect_topology(&self) {
-        self.retries.lock().clear();
+        self.forget_retries();
         self.suspect.notify_one();
+    }
+
+    /// A retry queue was not there: each is declared again before it is used.
+    pub(super) fn forget_retries(&self) {
+        self.retries.lock().clear();
     }
 
     /// Resolves when the topology is suspect.
