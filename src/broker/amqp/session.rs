@@ -9,8 +9,8 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions};
@@ -78,6 +78,11 @@ pub(super) struct Session {
     blocked: watch::Sender<Option<Arc<str>>>,
     /// Something is broken that only a new session mends.
     broken: AtomicBool,
+    /// When RabbitMQ last confirmed anything, in milliseconds since the session began.
+    last_sign_ms: AtomicU64,
+    began: Instant,
+    /// Whether it has not for so long that nobody should wait for it.
+    silent: watch::Sender<bool>,
     /// Retry queues that are known to be there.
     retries: Mutex<BTreeSet<u64>>,
     /// Something that belongs to no client was not there.
@@ -97,6 +102,9 @@ impl Session {
             turns: Semaphore::new(CONTROL_CHANNELS),
             blocked: watch::Sender::new(None),
             broken: AtomicBool::new(false),
+            last_sign_ms: AtomicU64::new(0),
+            began: Instant::now(),
+            silent: watch::Sender::new(false),
             retries: Mutex::default(),
             suspect: Notify::new(),
         })
@@ -192,6 +200,34 @@ impl Session {
         self.blocked.subscribe()
     }
 
+    /// RabbitMQ has confirmed something: it is there, and takes messages.
+    pub(super) fn note_sign(&self) {
+        let now_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last_sign_ms.store(now_ms, Ordering::Relaxed);
+        self.silent.send_if_modified(|silent| std::mem::take(silent));
+    }
+
+    /// For how long RabbitMQ has confirmed nothing.
+    pub(super) fn silence(&self) -> Duration {
+        let last = Duration::from_millis(self.last_sign_ms.load(Ordering::Relaxed));
+        self.began.elapsed().saturating_sub(last)
+    }
+
+    /// Nobody should wait for RabbitMQ until it gives a sign. Returns whether that is news.
+    pub(super) fn set_silent(&self) -> bool {
+        self.silent.send_if_modified(|silent| !std::mem::replace(silent, true))
+    }
+
+    /// Whether RabbitMQ is asked for a sign of life, and has given none for seconds.
+    pub(super) fn is_silent(&self) -> bool {
+        *self.silent.borrow()
+    }
+
+    /// Tells when that changes.
+    pub(super) fn silences(&self) -> watch::Receiver<bool> {
+        self.silent.subscribe()
+    }
+
     /// Follows alarms until the session ends. Resolves when a connection breaks.
     pub(super) async fn watch(&self) {
         let publishing = [Role::Ingress, Role::Relay].map(|role| self.connection(role));
@@ -224,6 +260,7 @@ impl Session {
         let options = BasicPublishOptions::default();
         let publish = channel.basic_publish(short(""), short("soar-probe"), options, b"", BasicProperties::default());
         publish.await?.await?;
+        self.note_sign();
         Ok(())
     }
 
