@@ -23,14 +23,15 @@ pub(super) enum Link {
 }
 
 impl Link {
-    /// The session, if there is one.
+    /// The session, if there is one that answers.
     ///
     /// # Errors
     /// Unavailable or closed.
     pub(super) fn session(&self, action: &str) -> Result<Arc<Session>, BrokerError> {
         match self {
+            Self::Up(session) if session.is_silent() => Err(unavailable(action)),
             Self::Up(session) => Ok(Arc::clone(session)),
-            Self::Down(_) => Err(BrokerError::new(BrokerErrorKind::Unavailable, action)),
+            Self::Down(_) => Err(unavailable(action)),
             Self::Closed => Err(BrokerError::new(BrokerErrorKind::Closed, action)),
         }
     }

@@ -42,9 +42,6 @@ pub(super) async fn publish(
         return Err(blocked(&why));
     }
     let silent = || unavailable(format!("{action}: RabbitMQ gives no sign of life"));
-    if session.is_silent() {
-        return Err(silent());
-    }
     let slow = || unavailable(format!("{action}: no confirm within {PUBLISH_TIMEOUT:?}"));
     let (mut alarms, mut silences) = (session.blocked_changes(), session.silences());
     let work = async {

@@ -126,7 +126,8 @@ impl Session {
         Ok(channel)
     }
 
-    /// Runs `work` on a control channel. An error closes the channel, so it is not used again.
+    /// Runs `work` on a control channel. An error closes the channel, so it is not used again. When RabbitMQ falls
+    /// silent it is not waited for.
     pub(super) async fn control<T>(
         &self,
         work: impl AsyncFnOnce(&Channel) -> Result<T, lapin::Error>,
@@ -137,7 +138,11 @@ impl Session {
             Some((channel, calls)) if channel.status().connected() => (channel, calls),
             _ => (self.channel(Role::Control).await?, 0),
         };
-        let result = within(CONTROL_TIMEOUT, work(&channel)).await;
+        let mut silences = self.silences();
+        let result = tokio::select! {
+            result = within(CONTROL_TIMEOUT, work(&channel)) => result,
+            Ok(_) = silences.wait_for(|silent| *silent) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
+        };
         if result.is_ok() && calls < CALLS_PER_CHANNEL {
             self.idle.lock().push((channel, calls + 1));
         }
