@@ -133,20 +133,23 @@ impl Session {
         work: impl AsyncFnOnce(&Channel) -> Result<T, lapin::Error>,
     ) -> Result<T, lapin::Error> {
         let _turn = self.turns.acquire().await.expect("the semaphore is never closed");
-        let idle = self.idle.lock().pop();
-        let (channel, calls) = match idle {
-            Some((channel, calls)) if channel.status().connected() => (channel, calls),
-            _ => (self.channel(Role::Control).await?, 0),
-        };
         let mut silences = self.silences();
-        let result = tokio::select! {
-            result = within(CONTROL_TIMEOUT, work(&channel)) => result,
-            Ok(_) = silences.wait_for(|silent| *silent) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
+        let call = async {
+            let idle = self.idle.lock().pop();
+            let (channel, calls) = match idle {
+                Some((channel, calls)) if channel.status().connected() => (channel, calls),
+                _ => (self.channel(Role::Control).await?, 0),
+            };
+            let done = within(CONTROL_TIMEOUT, work(&channel)).await?;
+            if calls < CALLS_PER_CHANNEL {
+                self.idle.lock().push((channel, calls + 1));
+            }
+            Ok(done)
         };
-        if result.is_ok() && calls < CALLS_PER_CHANNEL {
-            self.idle.lock().push((channel, calls + 1));
+        tokio::select! {
+            result = call => result,
+            Ok(_) = silences.wait_for(|silent| *silent) => Err(late("it gives no sign of life")),
         }
-        result
     }
 
     /// Whether a queue answers when it is asked for a message. Asked on a connection of its own, because RabbitMQ closes
@@ -288,6 +291,10 @@ pub(super) async fn within<T>(
     limit: Duration,
     call: impl Future<Output = Result<T, lapin::Error>>,
 ) -> Result<T, lapin::Error> {
-    let late = || std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {limit:?}"));
-    tokio::time::timeout(limit, call).await.unwrap_or_else(|_| Err(late().into()))
+    let call = tokio::time::timeout(limit, call).await;
+    call.unwrap_or_else(|_| Err(late(&format!("no answer within {limit:?}"))))
+}
+
+fn late(why: &str) -> lapin::Error {
+    std::io::Error::new(std::io::ErrorKind::TimedOut, why).into()
 }
