@@ -7,6 +7,7 @@
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
 //! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
 //! - `rabbitmq_broker`: what only RabbitMQ can do to its broker.
+//! - `rabbitmq_faults`: what brokers and networks do, under load.
 //! - `ws`: the WebSocket.
 //! - `flow`: messages from sender to receivers, through the whole router. `http_…`: each part of the API.
 //! - `webhook_…`: the sender, the pusher's loop, and both in the whole router.
@@ -30,6 +31,7 @@ mod http_receive;
 mod http_send;
 mod panic;
 mod rabbitmq_broker;
+mod rabbitmq_faults;
 mod webhook_flow;
 mod webhook_push;
 mod webhook_send;

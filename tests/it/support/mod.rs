@@ -5,6 +5,7 @@
 //! - `env`: `BrokerEnv`, a broker without a router, for the conformance suite.
 //! - `control`: `ControlPlane`, a broker and the registry on it, without HTTP.
 //! - `endpoint`: `FakeEndpoint`, a webhook endpoint with every fault.
+//! - `proxy`: a network between a router and RabbitMQ that can be cut, slowed and silenced.
 //! - `rabbitmq`: private nodes, clusters, and virtual hosts on a node that tests share.
 //! - `load`: producers and consumers that note everything, and the reckoning.
 //! - `socket`: a client's WebSocket.
@@ -20,6 +21,7 @@ pub(crate) mod http;
 pub(crate) mod load;
 pub(crate) mod memory;
 pub(crate) mod process;
+pub(crate) mod proxy;
 pub(crate) mod rabbitmq;
 pub(crate) mod socket;
 pub(crate) mod wait;
