@@ -8,9 +8,11 @@ use std::sync::Arc;
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
 
-use super::Shared;
+use super::admin::set_apart_if_refused;
+use super::clients::Client;
 use super::error::{broker_error, unavailable};
 use super::intake::{Intake, IntakeChannel, Subscription};
+use super::{Shared, topology};
 use crate::broker::BrokerError;
 
 /// Deliveries in one chunk: bounds what is in memory at a time.
@@ -21,6 +23,8 @@ pub(super) struct Harvest<'a> {
     shared: &'a Shared,
     intake: &'a Intake,
     queue: String,
+    /// Whose inbox it is, if it is one.
+    owner: Option<&'a Client>,
     /// Deliveries that are neither acknowledged nor given back.
     kept: Vec<(Arc<IntakeChannel>, u64)>,
 }
@@ -28,7 +32,13 @@ pub(super) struct Harvest<'a> {
 impl<'a> Harvest<'a> {
     /// Begins at the front of a queue that exists.
     pub(super) fn new(shared: &'a Shared, queue: String) -> Self {
-        Self { shared, intake: shared.chores(&queue), queue, kept: Vec::new() }
+        Self { shared, intake: shared.chores(&queue, None), queue, owner: None, kept: Vec::new() }
+    }
+
+    /// Begins at the front of a client's inbox, which others may read as well, or keep from being read.
+    pub(super) fn of_inbox(shared: &'a Shared, client: &'a Client) -> Self {
+        let queue = topology::inbox(&client.id);
+        Self { shared, intake: shared.chores(&queue, Some(client)), queue, owner: Some(client), kept: Vec::new() }
     }
 
     /// The next deliveries, at most this many; none when the end is reached.
@@ -37,7 +47,12 @@ impl<'a> Harvest<'a> {
         let prefetch = CHUNK.min(u16::try_from(most.max(1)).unwrap_or(CHUNK));
         let pending = self.intake.subscribe(&self.queue, prefetch).await.ok_or_else(|| unavailable(action()))?;
         let subscription = pending.await.map_err(|_| unavailable(action()))?;
-        let mut subscription = subscription.map_err(|error| broker_error(action(), error))?;
+        let mut subscription = subscription.map_err(|error| {
+            if let Some(client) = self.owner {
+                set_apart_if_refused(client, &self.queue, &error);
+            }
+            broker_error(action(), error)
+        })?;
         let channel = Arc::clone(&subscription.channel);
         let mut chunk = Vec::with_capacity(usize::from(prefetch));
         let result = self.fill(&mut subscription, &mut chunk).await;

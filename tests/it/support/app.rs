@@ -61,7 +61,16 @@ impl TestApp {
         data_dir: &std::path::Path,
         env: &[(&str, &str)],
     ) -> Self {
-        let provision = kind.provision().await;
+        Self::start_on(kind.provision().await, directory, data_dir, env).await
+    }
+
+    /// The same on a broker that is there already.
+    pub(crate) async fn start_on(
+        provision: Provision,
+        directory: TempDir,
+        data_dir: &std::path::Path,
+        env: &[(&str, &str)],
+    ) -> Self {
         let usual = [
             ("SOAR_SHUTDOWN_TIMEOUT", "15"),
             // Endpoints of the tests.
