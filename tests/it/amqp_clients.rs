@@ -17,8 +17,7 @@ use crate::support::amqp::{Peer, outgoing};
 use crate::support::fixture::{BrokerKind, Fixture, Provision};
 use crate::support::http::{Client, messages, receipts};
 use crate::support::rabbitmq::VirtualHost;
-use crate::support::wait::SOON;
-use crate::support::{TestApp, eventually};
+use crate::support::TestApp;
 
 /// A router on a virtual host, and a peer there.
 struct AmqpApp {

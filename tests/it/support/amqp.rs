@@ -32,8 +32,6 @@ pub(crate) struct Broken {
 /// A message as a client read it.
 #[derive(Debug, Clone, Deserialize)]
 pub(crate) struct Received {
-    /// The queue's message came under this routing key.
-    pub(crate) key: String,
     /// Whether RabbitMQ says that it came back.
     pub(crate) redelivered: bool,
     /// Its properties, those that are set; `headers` always.
