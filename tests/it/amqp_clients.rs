@@ -13,11 +13,11 @@ use base64::engine::general_purpose::STANDARD;
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use crate::support::TestApp;
 use crate::support::amqp::{Peer, outgoing};
 use crate::support::fixture::{BrokerKind, Fixture, Provision};
 use crate::support::http::{Client, messages, receipts};
 use crate::support::rabbitmq::VirtualHost;
-use crate::support::TestApp;
 
 /// A router on a virtual host, and a peer there.
 struct AmqpApp {

@@ -155,7 +155,8 @@ impl Shared {
         let kind = self.options.queue_type;
         let internal = session.control(async |channel| topology::declare_internal(channel, kind).await).await;
         internal.map_err(|error| broker_error("declare the backbone's own queues and exchanges", error))?;
-        let clients = self.clients.all();
+        // One whose deletion is not finished yet is to have nothing again.
+        let clients: Vec<_> = self.clients.all().into_iter().filter(|client| !client.is_gone()).collect();
         let mut declared = futures_util::stream::iter(clients)
             .map(|client| async move {
                 let declared = self.declare_again(session, &client).await;
