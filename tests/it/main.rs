@@ -5,9 +5,11 @@
 //! - `support`: starts routers and brokers, talks to them, waits for conditions. Start reading there.
 //! - `cli`: the command line as a person or a script meets it.
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
+//! - `amqp_clients`, `amqp_users`: what clients do by AMQP, and what they may not.
 //! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
 //! - `rabbitmq_broker`: what only RabbitMQ can do to its broker.
 //! - `rabbitmq_faults`: what brokers and networks do, under load.
+//! - `deploy`: what `deploy/` and `.env.example` say of the settings.
 //! - `ws`: the WebSocket.
 //! - `flow`: messages from sender to receivers, through the whole router. `http_…`: each part of the API.
 //! - `webhook_…`: the sender, the pusher's loop, and both in the whole router.
@@ -18,9 +20,12 @@
 #[macro_use]
 mod support;
 
+mod amqp_clients;
+mod amqp_users;
 mod cli;
 mod conformance;
 mod crash;
+mod deploy;
 mod disk_full;
 mod flow;
 mod hostile;

@@ -82,7 +82,7 @@ pub enum SecretKind {
 }
 
 /// Rotates a secret; the one before stays valid for `overlap_s` seconds.
-#[derive(Debug, Message)]
+#[derive(Debug, Clone, Message)]
 #[rtype(result = "Result<Rotated, RegistryError>")]
 pub struct RotateSecret {
     /// Whose.

@@ -77,6 +77,7 @@ pub(super) struct Session {
     turns: Semaphore,
     /// Why RabbitMQ takes no messages, while it does not.
     blocked: watch::Sender<Option<Arc<str>>>,
+    /// When RabbitMQ last confirmed anything, in milliseconds since the session began.
     last_sign_ms: AtomicU64,
     /// Whether it has not for so long that nobody should wait for it.
     silent: watch::Sender<bool>,

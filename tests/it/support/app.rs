@@ -61,7 +61,17 @@ impl TestApp {
         data_dir: &std::path::Path,
         env: &[(&str, &str)],
     ) -> Self {
-        let mut app = Self::prepare(kind.provision().await, directory, data_dir, env).await;
+        Self::start_provisioned(kind.provision().await, directory, data_dir, env).await
+    }
+
+    /// The same on a broker that is there already.
+    pub(crate) async fn start_provisioned(
+        provision: Provision,
+        directory: TempDir,
+        data_dir: &std::path::Path,
+        env: &[(&str, &str)],
+    ) -> Self {
+        let mut app = Self::prepare(provision, directory, data_dir, env).await;
         app.router.wait_until_ready().await;
         app
     }

@@ -123,3 +123,12 @@ macro_rules! queue_type_tests {
         }
     };
 }
+
+/// Makes each `async fn name(x: &mut SomeFixture)` a test on RabbitMQ with either type of queues. Once in a file.
+macro_rules! rabbitmq_tests {
+    ($( $(#[$meta:meta])* async fn $name:ident($env:ident: &mut $fixture:ty) $body:block )*) => {
+        $( $(#[$meta])* async fn $name($env: &mut $fixture) $body )*
+        broker_tests!(@on rabbitmq_classic RabbitmqClassic [$($name: $fixture,)*]);
+        broker_tests!(@on rabbitmq_quorum RabbitmqQuorum [$($name: $fixture,)*]);
+    };
+}

@@ -8,11 +8,13 @@
 //! - `proxy`: a network between a router and RabbitMQ that can be cut, slowed and silenced.
 //! - `rabbitmq`: private nodes, clusters, and virtual hosts on a node that tests share.
 //! - `load`: producers and consumers that note everything, and the reckoning.
+//! - `amqp`: a client that speaks AMQP, in Python.
 //! - `socket`: a client's WebSocket.
 //! - `wait`: waiting for a condition with a deadline, and for nothing to happen. `memory`: how much a process has.
 
 #[macro_use]
 pub(crate) mod fixture;
+pub(crate) mod amqp;
 pub(crate) mod app;
 pub(crate) mod control;
 pub(crate) mod endpoint;

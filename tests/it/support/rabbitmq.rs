@@ -473,6 +473,19 @@ impl VirtualHost {
         amqp_url(proxy, &self.name)
     }
 
+    /// Its `amqp://…` for this user.
+    pub(crate) fn url_of(&self, user: &str, password: &str) -> String {
+        format!("amqp://{user}:{password}@{}/{}", self.address, self.name)
+    }
+
+    /// Makes a user that may do everything here, but is not the one that [`VirtualHost::url`] names.
+    pub(crate) async fn make_user(&self, user: &str, password: &str) {
+        let body = json!({"password": password, "tags": ""});
+        self.manage(reqwest::Method::PUT, &format!("users/{user}"), Some(body)).await;
+        let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
+        self.manage(reqwest::Method::PUT, &format!("permissions/{}/{user}", self.name), Some(all)).await;
+    }
+
     /// Its name.
     pub(crate) fn name(&self) -> &str {
         &self.name
