@@ -5,7 +5,9 @@
 //! - `support`: starts routers and brokers, talks to them, waits for conditions. Start reading there.
 //! - `cli`: the command line as a person or a script meets it.
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
+//! - `differential`: both brokers route alike.
 //! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
+//! - `migrate`: from one broker to the other and back.
 //! - `ws`: the WebSocket.
 //! - `flow`: messages from sender to receivers, through the whole router. `http_…`: each part of the API.
 //! - `webhook_…`: the sender, the pusher's loop, and both in the whole router.
@@ -19,6 +21,7 @@ mod support;
 mod cli;
 mod conformance;
 mod crash;
+mod differential;
 mod disk_full;
 mod flow;
 mod hostile;
@@ -27,6 +30,7 @@ mod http_clients;
 mod http_problems;
 mod http_receive;
 mod http_send;
+mod migrate;
 mod panic;
 mod webhook_flow;
 mod webhook_push;

@@ -161,9 +161,14 @@ impl Session {
         self.broken.store(true, Ordering::Relaxed);
     }
 
+    /// Whether the retry queue for this delay is known to be there.
+    pub(super) fn has_retry_queue(&self, seconds: u64) -> bool {
+        self.retries.lock().contains(&seconds)
+    }
+
     /// Sees to it that the retry queue for this delay is there.
     pub(super) async fn retry_queue(&self, seconds: u64) -> Result<(), lapin::Error> {
-        if self.retries.lock().contains(&seconds) {
+        if self.has_retry_queue(seconds) {
             return Ok(());
         }
         self.control(async |channel| topology::declare_retry(channel, seconds).await).await?;

@@ -482,6 +482,10 @@ impl Shared {
         }
         let session = self.session("delay messages")?;
         for seconds in delays.keys() {
+            if !session.has_retry_queue(*seconds) {
+                let noted = super::state::note_retry(&self.db, *seconds).await;
+                noted.map_err(|error| db_error(format!("note {}", topology::retry(*seconds)), error))?;
+            }
             session
                 .retry_queue(*seconds)
                 .await

@@ -214,9 +214,14 @@ pub(super) async fn declare_stand_in(channel: &Channel, client: &ClientId, expir
 
 /// Messages that are ready in a queue.
 pub(super) async fn count(channel: &Channel, name: &str) -> Result<u64, lapin::Error> {
+    look_at(channel, name).await.map(|(messages, _)| messages)
+}
+
+/// Messages that are ready in a queue, and how many consume it.
+pub(super) async fn look_at(channel: &Channel, name: &str) -> Result<(u64, u32), lapin::Error> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
     let queue = channel.queue_declare(short(name), options, FieldTable::default()).await?;
-    Ok(u64::from(queue.message_count()))
+    Ok((u64::from(queue.message_count()), queue.consumer_count()))
 }
 
 /// The default exchange, which routes by queue name.
