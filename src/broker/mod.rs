@@ -39,6 +39,7 @@
 
 pub mod amqp;
 pub mod embedded;
+pub mod stock;
 
 use std::fmt;
 use std::sync::Arc;

@@ -6,6 +6,7 @@
 //! - `cli`: the command line as a person or a script meets it.
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
 //! - `amqp_clients`, `amqp_users`: what clients do by AMQP, and what they may not.
+//! - `differential`: both brokers route alike. `migrate`: from one broker to the other and back.
 //! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
 //! - `rabbitmq_broker`: what only RabbitMQ can do to its broker.
 //! - `rabbitmq_faults`: what brokers and networks do, under load.
@@ -26,6 +27,7 @@ mod cli;
 mod conformance;
 mod crash;
 mod deploy;
+mod differential;
 mod disk_full;
 mod flow;
 mod hostile;
@@ -34,6 +36,7 @@ mod http_clients;
 mod http_problems;
 mod http_receive;
 mod http_send;
+mod migrate;
 mod panic;
 mod rabbitmq_broker;
 mod rabbitmq_faults;

@@ -13,6 +13,7 @@
 //! - `clients`, `state`: the clients that are known, in memory and in the file. `admin` declares, binds and deletes them;
 //!   `seal` sees to it that a new queue survives a kill; `users` gives them users of their own, through `management`.
 //! - `chores`: what is done from time to time.
+//! - `stock`: everything that lies in RabbitMQ, for moving it to another broker and back.
 //!
 //! # Invariants
 //!
@@ -53,6 +54,7 @@ mod seal;
 mod session;
 mod settle;
 mod state;
+mod stock;
 mod topology;
 mod users;
 mod wire;
@@ -78,6 +80,7 @@ use self::management::Management;
 use self::pull::Puller;
 use self::runtime::AmqpThread;
 use self::session::{Role, Session};
+pub use self::stock::AmqpStock;
 use self::users::Users;
 use self::wire::Trusted;
 use crate::broker::{
@@ -302,6 +305,13 @@ struct AmqpBroker {
 /// # Errors
 /// [`BrokerErrorKind::Conflict`] when a URL cannot be read; else what the file says.
 pub async fn connect(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<dyn Broker>, BrokerError> {
+    let shared = start(options, db, telemetry).await?;
+    shared.thread.spawn(chores::run(Arc::clone(&shared)));
+    Ok(Arc::new(AmqpBroker { shared }))
+}
+
+/// Everything but the chores.
+async fn start(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<Shared>, BrokerError> {
     let action = "open the AMQP broker";
     // For amqps and https; a second call, by whoever, changes nothing.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -344,8 +354,7 @@ pub async fn connect(options: Options, db: Db, telemetry: Telemetry) -> Result<A
     });
     shared.clients.load(stored);
     shared.thread.spawn(link::keep(Arc::clone(&shared)));
-    shared.thread.spawn(chores::run(Arc::clone(&shared)));
-    Ok(Arc::new(AmqpBroker { shared }))
+    Ok(shared)
 }
 
 #[async_trait]
