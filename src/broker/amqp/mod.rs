@@ -13,6 +13,7 @@
 //! - `clients`, `state`: the clients that are known, in memory and in the file. `admin` declares, binds and deletes them;
 //!   `seal` sees to it that a new queue survives a kill; `management` gives them users of their own.
 //! - `chores`: what is done from time to time.
+//! - `bare`: the same three queues without a router, for the bench to compare with.
 //!
 //! # Invariants
 //!
@@ -32,6 +33,7 @@
 mod acks;
 mod address;
 mod admin;
+pub mod bare;
 mod chores;
 mod clients;
 mod consumer;
