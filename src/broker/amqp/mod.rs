@@ -14,6 +14,7 @@
 //!   `seal` sees to it that a new queue survives a kill; `users` gives them users of their own, through `management`.
 //! - `chores`: what is done from time to time.
 //! - `stock`: everything that lies in RabbitMQ, for moving it to another broker and back.
+//! - `bare`: the same three queues without a router, for the bench to compare with.
 //!
 //! # Invariants
 //!
@@ -33,6 +34,7 @@
 mod acks;
 mod address;
 mod admin;
+pub mod bare;
 mod chores;
 mod clients;
 mod consumer;

@@ -295,7 +295,8 @@ impl Session {
     }
 }
 
-async fn connect(uri: &AMQPUri, what_for: &str) -> Result<Connection, lapin::Error> {
+/// One connection, named after what it is for.
+pub(super) async fn connect(uri: &AMQPUri, what_for: &str) -> Result<Connection, lapin::Error> {
     let name = format!("communications-backbone {what_for}");
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     within(CONNECT_TIMEOUT, Connection::connect_uri(uri.clone(), properties)).await
