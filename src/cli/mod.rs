@@ -20,6 +20,7 @@ mod context;
 mod dead;
 mod demo;
 mod error;
+mod follow;
 mod input;
 mod interrupt;
 mod lines;

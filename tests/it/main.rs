@@ -7,6 +7,8 @@
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
 //! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
 //! - `ws`: the WebSocket.
+//! - `openapi`: the document against the live server. `metrics`: what Prometheus sees, and what `deploy/` asks of it.
+//! - `traces`: the way of every kind of message, and W3C trace context.
 //! - `flow`: messages from sender to receivers, through the whole router. `http_…`: each part of the API.
 //! - `webhook_…`: the sender, the pusher's loop, and both in the whole router.
 //!
@@ -27,7 +29,10 @@ mod http_clients;
 mod http_problems;
 mod http_receive;
 mod http_send;
+mod metrics;
+mod openapi;
 mod panic;
+mod traces;
 mod webhook_flow;
 mod webhook_push;
 mod webhook_send;
