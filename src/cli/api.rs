@@ -404,6 +404,9 @@ fn hint(problem: &Problem, who: &Who, resource: &str) -> String {
             "its messages go to its webhook; `backbone client update ID --disable-webhook` lets it read them here"
                 .into()
         }
+        "not_found" if resource == "clients" && problem.detail.contains("no webhook") => {
+            "`backbone client update ID --webhook URL` sets one".into()
+        }
         "not_found" if resource == "clients" => "`backbone client list` shows the clients there are".into(),
         "not_found" if resource == "messages" => {
             "the SOAR_TRACE_MESSAGES most recent messages are remembered, until a restart".into()

@@ -191,7 +191,7 @@ fn problem_responses(codes: &[Code]) -> BTreeMap<String, RefOr<Response>> {
 
 fn problem_response(status: u16, codes: &[Code]) -> Response {
     let names: Vec<_> = codes.iter().map(|code| format!("`{}`", code.as_str())).collect();
-    let code = ObjectBuilder::new().enum_values(Some(codes.iter().map(|code| code.as_str())));
+    let code = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(codes.iter().map(|code| code.as_str())));
     let narrowed = ObjectBuilder::new().property("code", code);
     let schema = AllOfBuilder::new().item(Ref::from_schema_name("Problem")).item(narrowed);
     let content = ContentBuilder::new().schema(Some(schema)).build();

@@ -61,6 +61,8 @@ async fn hold(app: &TestApp, run: Run<'_>) {
         .arg(&config)
         .args(["run", &app.api.url("/openapi.json"), "--checks", "all", "--no-color", "--phases", run.phases])
         .args(["--max-examples", &run.examples.to_string(), "--request-timeout", "20", "--generation-database", "none"])
+        // Of wrong credentials only the check for them sends some: the router slows down whoever sends more.
+        .args(["--generation-with-security-parameters", "false"])
         .args(run.selection)
         // The hooks are found from here; what it writes goes where the test's files go.
         .env("PYTHONPATH", concat!(env!("CARGO_MANIFEST_DIR"), "/tests"))
@@ -187,9 +189,15 @@ async fn schemathesis_finds_nothing_with_a_clients_credentials() {
 /// A small run: the surface is the same, what is behind it is not.
 #[actix_rt::test]
 async fn schemathesis_finds_nothing_on_rabbitmq_either() {
-    let mut app = TestApp::start_with(BrokerKind::RabbitmqQuorum, &[]).await;
-    let (_, message) = fill(&mut app).await;
-    as_client(&mut app, &message, "examples,coverage", 3).await;
-    as_admin(&mut app, &message, "examples,stateful", 2).await;
-    crate::support::fixture::Fixture::finish(app).await;
+    for admin in [false, true] {
+        // Routers of their own, so that the wrong credentials of the one are not counted against the other.
+        let mut app = TestApp::start_with(BrokerKind::RabbitmqQuorum, &[]).await;
+        let (_, message) = fill(&mut app).await;
+        if admin {
+            as_admin(&mut app, &message, "examples,coverage", 2).await;
+        } else {
+            as_client(&mut app, &message, "examples,coverage", 2).await;
+        }
+        crate::support::fixture::Fixture::finish(app).await;
+    }
 }

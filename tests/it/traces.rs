@@ -28,14 +28,14 @@ const NO_TRACES: [&str; 7] = [
 /// The way of a message that `sender` sent, once it is in this state.
 async fn way(sender: &Client, id: &str, state: &str) -> Value {
     let path = format!("/messages/{id}");
-    let mut seen = Value::Null;
-    let way = eventually(&format!("{id} is {state}"), SOON, async || {
+    let what = format!("{id} is {state}");
+    let way = eventually(&what, SOON, async || {
         let answer = sender.get(&path).send().await;
         if answer.status == 404 {
             return None;
         }
-        seen = answer.ok(200);
-        (seen["state"] == state).then(|| seen.clone())
+        let way = answer.ok(200);
+        (way["state"] == state).then_some(way)
     });
     match actix_rt::time::timeout(SOON / 2, way).await {
         Ok(way) => way,
