@@ -267,6 +267,34 @@ broker_tests! {
         assert!(client.receive("").await.is_empty());
     }
 
+    async fn following_goes_on_when_the_router_is_back(app: &mut TestApp) {
+        let client = app.onboard("noc-c2", &["a.#"]).await;
+        let child = Cli::new(app, &["receive", "--follow", "--json"]).by(&client).spawn();
+        let printed = async |app: &TestApp| {
+            eventually("it is printed and acknowledged", SOON, async || {
+                // Counted anew after a restart.
+                (app.metric("backbone_messages_delivered_total").await >= 1.0).then_some(())
+            })
+            .await;
+        };
+        client.send("a.b", json!("one")).await;
+        printed(app).await;
+        app.restart().await;
+        client.send("a.b", json!("two")).await;
+        printed(app).await;
+        app.kill_and_restart().await;
+        client.send("a.b", json!("three")).await;
+        printed(app).await;
+        interrupt(&child);
+        let ran = end_of(child).await;
+        let came = ran.json_lines();
+        assert_eq!(messages(&came), ["one", "two", "three"]);
+        // The same members as `receive` without --follow prints.
+        let members: Vec<_> = came[0].as_object().expect("an envelope").keys().cloned().collect();
+        assert_eq!(members, ["deliveries", "id", "message", "receipt", "sender", "sent_at", "topic"]);
+        assert!(client.receive("").await.is_empty());
+    }
+
     async fn dead_letters_are_listed_replayed_and_purged(app: &mut TestApp) {
         let client = app.onboard("noc-c2", &["a.#"]).await;
         client.send_all(json!([{"topic": "a.b", "message": 1}, {"topic": "a.b", "message": 2}, {"topic": "a.b", "message": 3}])).await;

@@ -12,6 +12,8 @@
 //! - `rabbitmq_faults`: what brokers and networks do, under load.
 //! - `deploy`: what `deploy/` and `.env.example` say of the settings.
 //! - `ws`: the WebSocket.
+//! - `openapi`: the document against the live server. `metrics`: what Prometheus sees, and what `deploy/` asks of it.
+//! - `traces`: the way of every kind of message, and W3C trace context.
 //! - `flow`: messages from sender to receivers, through the whole router. `http_…`: each part of the API.
 //! - `webhook_…`: the sender, the pusher's loop, and both in the whole router.
 //!
@@ -36,11 +38,18 @@ mod http_clients;
 mod http_problems;
 mod http_receive;
 mod http_send;
+<<<<<<< HEAD
 mod migrate;
 mod panic;
 mod rabbitmq_broker;
 mod rabbitmq_faults;
 mod webhook_contract;
+=======
+mod metrics;
+mod openapi;
+mod panic;
+mod traces;
+>>>>>>> w-observe
 mod webhook_flow;
 mod webhook_guard;
 mod webhook_listen;

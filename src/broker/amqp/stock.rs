@@ -22,9 +22,7 @@ use super::settle::{delayed, refused};
 use super::wire::{self, Counts, short};
 use super::{AmqpBroker, Options, Shared, delay, start, state, topology};
 use crate::broker::stock::{Batch, Item, Mark, OwnId as StockId, OwnIdCursor, OwnIdPage, Parcel, Shelf, Stock};
-use crate::broker::{
-    Broker as _, BrokerError, DeadLetter, DeadReason, Health, Origin, Payload, Queue,
-};
+use crate::broker::{Broker as _, BrokerError, DeadLetter, DeadReason, Health, Origin, Payload, Queue};
 use crate::client::{ClientId, ClientRecord};
 use crate::db::Db;
 use crate::envelope::Message;
@@ -502,4 +500,3 @@ impl std::fmt::Debug for AmqpStock {
         f.debug_struct("AmqpStock").field("clients", &self.clients.len()).finish_non_exhaustive()
     }
 }
-
