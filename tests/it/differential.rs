@@ -74,7 +74,9 @@ fn script(seed: u64) -> Vec<Act> {
     let mut there: Vec<String> = Vec::new();
     for round in 0..ROUNDS {
         let names: Vec<String> = (0..CLIENTS).map(|n| format!("client-{n}")).collect();
-        if let Some(name) = names.iter().find(|name| !there.contains(name)).filter(|_| round < CLIENTS || round % 3 == 0) {
+        if let Some(name) =
+            names.iter().find(|name| !there.contains(name)).filter(|_| round < CLIENTS || round % 3 == 0)
+        {
             acts.push(Act::Create(name.clone(), patterns(&mut random)));
             there.push(name.clone());
         }

@@ -38,18 +38,14 @@ mod http_clients;
 mod http_problems;
 mod http_receive;
 mod http_send;
-<<<<<<< HEAD
+mod metrics;
 mod migrate;
+mod openapi;
 mod panic;
 mod rabbitmq_broker;
 mod rabbitmq_faults;
-mod webhook_contract;
-=======
-mod metrics;
-mod openapi;
-mod panic;
 mod traces;
->>>>>>> w-observe
+mod webhook_contract;
 mod webhook_flow;
 mod webhook_guard;
 mod webhook_listen;

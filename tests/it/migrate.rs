@@ -19,12 +19,12 @@ use backbone::topic::Pattern;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::support::TestApp;
 use crate::support::env::{client_id, message, next, next_exactly, numbered, own_message};
 use crate::support::fixture::{BrokerKind, Fixture as _};
 use crate::support::process::RouterProcess;
 use crate::support::rabbitmq::VirtualHost;
 use crate::support::wait::{SOON, eventually, soon};
-use crate::support::TestApp;
 
 /// Runs each test against RabbitMQ with queues of each type.
 macro_rules! on_each_rabbitmq {
@@ -276,7 +276,13 @@ const CLIENTS: [&str; 3] = ["alpha", "beta", "gamma"];
 /// Fills every kind of queue. Returns when the delayed messages are due.
 async fn fill(house: &House) -> i64 {
     let limits = Limits { send_per_s: None, max_inbox_messages: Some(5000), inbox_ttl_s: Some(3600) };
-    house.register(&[("alpha", &["a.*"], limits.clone()), ("beta", &["a.#", "b.#"], Limits::default()), ("gamma", &[], Limits::default())]).await;
+    house
+        .register(&[
+            ("alpha", &["a.*"], limits.clone()),
+            ("beta", &["a.#", "b.#"], Limits::default()),
+            ("gamma", &[], Limits::default()),
+        ])
+        .await;
     let open = house.embedded().await;
     let broker = &open.broker;
     let (alpha, beta, gamma) = (client_id("alpha"), client_id("beta"), client_id("gamma"));
@@ -317,7 +323,8 @@ async fn fill(house: &House) -> i64 {
     publish(Queue::Notify(beta.clone()), (0..20).map(|n| message(&beta, None, &n.to_string())).collect()).await;
     publish(Queue::Publish, numbered(&gamma, "a.later", 30)).await;
     // Handed out and given back.
-    let leased = broker.pull(&alpha, 10, Duration::ZERO, PullMode::Lease(Duration::from_secs(60))).await.expect("pulls");
+    let leased =
+        broker.pull(&alpha, 10, Duration::ZERO, PullMode::Lease(Duration::from_secs(60))).await.expect("pulls");
     assert_eq!(leased.len(), 10);
     let receipts = leased.into_iter().filter_map(|pulled| pulled.receipt).collect();
     broker.settle_pulled(&alpha, receipts, PullOutcome::Nack(None)).await.expect("nacks");
@@ -341,7 +348,8 @@ async fn contents_of_a_copy(house: &House, due_ms: i64) -> Contents {
     std::fs::copy(house.directory.path().join("backbone.db"), copy.path().join("backbone.db")).expect("copies");
     let db = Db::open(&copy.path().join("backbone.db")).expect("opens the file");
     let options = backbone::broker::embedded::Options { dedup_window: Duration::from_secs(600) };
-    let broker = backbone::broker::embedded::open(db.clone(), options, backbone::telemetry::new(0)).await.expect("opens");
+    let broker =
+        backbone::broker::embedded::open(db.clone(), options, backbone::telemetry::new(0)).await.expect("opens");
     let open = Open { db, broker };
     let contents = take_everything(&open.broker, &CLIENTS, due_ms).await;
     open.close().await;
@@ -395,7 +403,10 @@ async fn everything_is_moved_to_rabbitmq_and_the_window_of_own_ids_works_on(kind
     drop(consumer);
     let mut came = take_everything(&open.broker, &CLIENTS, due_ms).await;
     let forwarded = came.queues.get_mut("soar-publish").expect("is there").split_off(31);
-    assert_eq!(forwarded.iter().map(|one| &one.id).collect::<Vec<_>>(), outbox.iter().map(|one| &one.id).collect::<Vec<_>>());
+    assert_eq!(
+        forwarded.iter().map(|one| &one.id).collect::<Vec<_>>(),
+        outbox.iter().map(|one| &one.id).collect::<Vec<_>>()
+    );
     came.queues.insert("alpha-outbox".into(), outbox);
     assert_same(&came, &expected);
     open.close().await;
@@ -517,7 +528,10 @@ async fn killed_again_and_again_it_loses_nothing_and_doubles_nothing_but_ids(kin
         assert_eq!(once.len(), list.len(), "{queue}");
         // A kill hands out again what was on its way; apart from that all is as it was, and in order.
         for (one, other) in list.iter().zip(once) {
-            assert!(Seen { deliveries: 0, ..one.clone() } == Seen { deliveries: 0, ..other.clone() }, "{queue}: {other:?} is not {one:?}");
+            assert!(
+                Seen { deliveries: 0, ..one.clone() } == Seen { deliveries: 0, ..other.clone() },
+                "{queue}: {other:?} is not {one:?}"
+            );
             assert!(other.deliveries >= one.deliveries, "{queue}: {other:?}");
         }
     }
@@ -603,7 +617,11 @@ async fn rabbitmq_a_router_goes_on_where_it_was() {
     migrate.env_clear().env("DATA_DIR", &data).current_dir(app.directory()).args(["migrate", "--to", &host.url()]);
     let told = ran(migrate).await;
     assert_eq!(told.0, Some(0), "{}", told.2);
-    assert!(told.2.contains("receiver-inbox: 20 messages moved") && told.2.contains("set SOAR_BROKER_URL"), "{}", told.2);
+    assert!(
+        told.2.contains("receiver-inbox: 20 messages moved") && told.2.contains("set SOAR_BROKER_URL"),
+        "{}",
+        told.2
+    );
 
     let env = BrokerKind::RabbitmqQuorum.router_env(host.url());
     let router = RouterProcess::start(&data, env).await;
