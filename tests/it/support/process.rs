@@ -21,6 +21,14 @@ pub(crate) struct RouterProcess {
 }
 
 impl RouterProcess {
+    /// Starts it on `data_dir`, with these variables and no others, and waits until it is ready.
+    pub(crate) async fn start(data_dir: &Path, env: impl IntoIterator<Item = (String, String)>) -> Self {
+        let mut router = Self::prepare(data_dir, env);
+        router.spawn();
+        router.wait_until_ready().await;
+        router
+    }
+
     /// One on `data_dir`, with these variables and no others; not started yet.
     pub(crate) fn prepare(data_dir: &Path, env: impl IntoIterator<Item = (String, String)>) -> Self {
         Self {
