@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use backbone::broker::{BrokerErrorKind, DeadReason, Outcome, Queue, Target, settle};
 
-use crate::support::env::{KillableEnv, delivered_bodies, forward_all, message, next, next_exactly, numbered, numbers, settle_all};
+use crate::support::env::{
+    KillableEnv, delivered_bodies, forward_all, message, next, next_exactly, numbered, numbers, settle_all,
+};
 use crate::support::wait::SOON;
 use crate::support::{BrokerEnv, eventually, stays_pending};
 

@@ -7,8 +7,8 @@ use backbone::broker::{BrokerErrorKind, Outcome, Queue, Target};
 use backbone::client::Limits;
 use futures_util::FutureExt as _;
 
-use crate::support::env::{KillableEnv, 
-    client_id, delivered_bodies, message, next_exactly, numbered, numbers, own_message, settle_all,
+use crate::support::env::{
+    KillableEnv, client_id, delivered_bodies, message, next_exactly, numbered, numbers, own_message, settle_all,
 };
 use crate::support::memory::resident_bytes;
 use crate::support::wait::SOON;

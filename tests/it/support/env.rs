@@ -27,10 +27,20 @@ pub(crate) struct BrokerEnv {
 }
 
 enum Backend {
-    Embedded { directory: TempDir, db: Db, broker: Arc<dyn Broker> },
+    Embedded {
+        directory: TempDir,
+        db: Db,
+        broker: Arc<dyn Broker>,
+    },
     /// Closed, and not open again yet.
     Reopening,
-    Rabbitmq { place: Place, kind: BrokerKind, directory: TempDir, db: Db, broker: Arc<dyn Broker> },
+    Rabbitmq {
+        place: Place,
+        kind: BrokerKind,
+        directory: TempDir,
+        db: Db,
+        broker: Arc<dyn Broker>,
+    },
 }
 
 /// Where on RabbitMQ.

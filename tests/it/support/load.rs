@@ -2,7 +2,7 @@
 //! 4 of the contract come to when the router is killed in the middle.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -156,10 +156,13 @@ impl Load {
         }
     }
 
-    /// How many accepted messages a client must have received that `wants` their topics (`None`: a broadcast).
-    pub(crate) fn expected(&self, wants: impl Fn(Option<&str>) -> bool) -> usize {
+    /// Accepted messages that a client has not received although it wants their topics (`None`: a broadcast).
+    pub(crate) fn missing(&self, received: &Received, wants: impl Fn(Option<&str>) -> bool) -> Vec<Name> {
+        let received = received.0.borrow();
+        let names: HashSet<Name> = received.iter().map(|envelope| name_of(&envelope["message"])).collect();
         let sent = self.sent.borrow();
-        sent.values().filter(|sent| sent.fate == Fate::Accepted && wants(sent.topic.as_deref())).count()
+        let accepted = sent.iter().filter(|(_, sent)| sent.fate == Fate::Accepted && wants(sent.topic.as_deref()));
+        accepted.map(|(name, _)| name).filter(|name| !names.contains(*name)).cloned().collect()
     }
 
     /// Holds what a client received against what was sent: nothing accepted is missing, nothing came that was not sent
@@ -175,9 +178,7 @@ impl Load {
         let mut first: HashMap<Name, String> = HashMap::new();
         let mut last: HashMap<String, u64> = HashMap::new();
         for envelope in received.0.borrow().iter() {
-            let message = &envelope["message"];
-            let name: Name =
-                (message["from"].as_str().expect("a sender").to_owned(), message["n"].as_u64().expect("a count"));
+            let name = name_of(&envelope["message"]);
             assert_eq!(envelope["sender"], name.0.as_str(), "{client}: {envelope}");
             let known = sent.get(&name).unwrap_or_else(|| panic!("{client} got a phantom: {envelope}"));
             assert_eq!(envelope["topic"].as_str(), known.topic.as_deref(), "{client}: {envelope}");
@@ -196,13 +197,7 @@ impl Load {
                 }
             }
         }
-        let missing: Vec<_> = sent
-            .iter()
-            .filter(|(name, sent)| {
-                sent.fate == Fate::Accepted && wants(sent.topic.as_deref()) && !first.contains_key(*name)
-            })
-            .map(|(name, _)| name)
-            .collect();
+        let missing = self.missing(received, wants);
         assert!(
             missing.is_empty(),
             "{client}: {} accepted ones are missing: {:?}",
@@ -224,6 +219,10 @@ impl Received {
     pub(crate) fn len(&self) -> usize {
         self.0.borrow().len()
     }
+}
+
+fn name_of(message: &Value) -> Name {
+    (message["from"].as_str().expect("a sender").to_owned(), message["n"].as_u64().expect("a count"))
 }
 
 fn item(sender: &str, n: u64, topic: Option<&str>, manner: Manner) -> Value {
