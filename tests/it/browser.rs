@@ -22,7 +22,7 @@ async fn the_admin_token_opens_the_console_and_a_wrong_one_says_so() {
     browser.screenshot("asks").await;
     browser.fill("#token", "not-the-token").await;
     browser.press_button("Sign in").await;
-    browser.sees("[role=alert]", "credentials").await;
+    browser.sees("[role=alert]", "not the admin token").await;
     browser.screenshot("refused").await;
     browser.expect_complaints(&["401"]).await;
 
@@ -44,7 +44,7 @@ async fn the_admin_token_opens_the_console_and_a_wrong_one_says_so() {
 #[actix_rt::test]
 async fn the_flow_and_the_plots_move_with_the_traffic_and_a_jam_is_seen_where_it_is() {
     let mut console = Console::open(BrokerKind::Embedded, "overview").await;
-    console.browser.sees(".figures", "Clients").await;
+    console.browser.sees("main a", "No clients yet").await;
     console.browser.screenshot("empty").await;
     let sender = console.app.onboard("noc-c2", &[]).await;
     let receiver = console.app.onboard("glider-ops", &["soar.noc.#"]).await;

@@ -159,7 +159,7 @@ export function confirm(title, text, action) {
 /** A problem of the API, with every wrong field. */
 export const problemBox = (problem) =>
   h("div", { class: "problem", role: "alert" },
-    problem.detail ?? String(problem),
+    problem.errors?.length ? "Not accepted:" : problem.detail ?? String(problem),
     problem.errors?.length
       ? h("ul", {}, problem.errors.map((e) => h("li", {}, e.pointer ? h("code", {}, e.pointer) : null, " ", e.detail)))
       : null);

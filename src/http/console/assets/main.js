@@ -60,7 +60,8 @@ function login(problem) {
       navigate();
     } catch (error) {
       token.clear();
-      refusal.replaceChildren(problemBox(error));
+      const wrong = error.status === 401 || error.status === 403;
+      refusal.replaceChildren(problemBox(wrong ? { detail: "This is not the admin token of this router." } : error));
       input.select();
     }
   } },

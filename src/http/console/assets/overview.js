@@ -14,7 +14,7 @@ export function overview({ store }) {
     ["accepted", "delivered", "end", "clients", "waiting", "dead", "memory"].map((name) => [name, h("dd", {}, "–")]));
   for (const name of ["accepted", "delivered"]) figures[name].replaceChildren(h("span", {}, "–"), h("small", {}, "/s"));
   const dead = h("div", {}, h("dt", {}, "Dead letters"), figures.dead);
-  const states = h("div", { class: "head" });
+  const states = h("div", { class: "head", hidden: true });
   const plots = [
     plot("Messages a second", [
       { name: "accepted", of: (p) => p.accepted },
@@ -56,6 +56,7 @@ export function overview({ store }) {
     const jammed = [...drawing.update(now)];
     const ill = now.actors.filter((entry) => ["failing", "restarting"].includes(entry.state));
     const all = [
+      ...(now.clients ? [] : [h("a", { href: "#/clients" }, "No clients yet. Onboard the first one.")]),
       ...jammed.map((id) => said("warn", `${NAMES[id]} fill faster than they are emptied`, COLUMNS[id])),
       ...ill.map((entry) => said("bad", `${count(entry.count)} ${entry.actor} ${entry.state}`, "state")),
     ];
@@ -63,6 +64,7 @@ export function overview({ store }) {
     if (states.dataset.said !== text) {
       states.dataset.said = text;
       states.replaceChildren(...all);
+      states.hidden = !all.length;
     }
   }
 
