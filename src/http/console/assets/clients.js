@@ -27,8 +27,8 @@ export function statePill(row) {
 
 export function clients({ go, params }) {
   let view = {
-    q: params.get("q") ?? "", sort: params.get("sort") ?? "client_id", desc: params.get("desc") === "1",
-    offset: Number(params.get("offset") ?? 0) || 0,
+    q: params.get("q") ?? "", sort: COLUMNS.some(([key]) => key === params.get("sort")) ? params.get("sort") : "client_id",
+    desc: params.get("desc") === "1", offset: /^\d{1,7}$/.test(params.get("offset")) ? Number(params.get("offset")) : 0,
   };
   const body = h("tbody", {});
   const range = h("span", {}, "");
