@@ -116,7 +116,7 @@ fn not_found() -> Problem {
 }
 
 fn for_admin(call: &Call, sender: Option<&ClientId>) -> Result<TraceView, Problem> {
-    let id = MessageId::parse(call.path("id")).map_err(|_| not_found())?;
+    let id = MessageId::parse(&call.path_decoded("id")).map_err(|_| not_found())?;
     let mut found = call.api.state.telemetry.traces.find(&id);
     let at = match sender {
         Some(sender) => found.iter().position(|trace| trace.sender == *sender),
@@ -128,7 +128,7 @@ fn for_admin(call: &Call, sender: Option<&ClientId>) -> Result<TraceView, Proble
 }
 
 fn for_sender(call: &Call, sender: &ClientId) -> Result<TraceView, Problem> {
-    let id = MessageId::parse(call.path("id")).map_err(|_| not_found())?;
+    let id = MessageId::parse(&call.path_decoded("id")).map_err(|_| not_found())?;
     let traces = &call.api.state.telemetry.traces;
     match traces.find_of(sender, &id) {
         Some(trace) => Ok(trace.into()),

@@ -3,6 +3,7 @@
 //! # Layout
 //!
 //! - `support`: starts routers and brokers, talks to them, waits for conditions. Start reading there.
+//! - `browser…`: the operators' console and the API's page in a real browser.
 //! - `cli`: the command line as a person or a script meets it.
 //! - `conformance`: the guarantees G1 to G14 of `backbone::broker`, on every broker.
 //! - `amqp_clients`, `amqp_users`: what clients do by AMQP, and what they may not.
@@ -25,6 +26,11 @@ mod support;
 
 mod amqp_clients;
 mod amqp_users;
+mod browser;
+mod browser_brokers;
+mod browser_looks;
+mod browser_safety;
+mod browser_scale;
 mod cli;
 mod conformance;
 mod crash;
