@@ -115,12 +115,6 @@ impl Node {
         Self::started(node).await
     }
 
-    /// The same with more lines in its `rabbitmq.conf`.
-    pub(crate) async fn start_with(configuration: &str) -> Self {
-        let node = Self::prepare(configuration);
-        Self::started(node).await
-    }
-
     /// One that is not started yet: its address is known.
     pub(crate) fn prepare(configuration: &str) -> Self {
         let temporary = Arc::new(tempfile::tempdir().expect("a temporary directory"));
@@ -173,11 +167,6 @@ impl Node {
     /// `amqp://…` of its default virtual host.
     pub(crate) fn url(&self) -> String {
         amqp_url(self.amqp_address(), "%2f")
-    }
-
-    /// The same through a proxy at another address.
-    pub(crate) fn url_through(&self, address: SocketAddr) -> String {
-        amqp_url(address, "%2f")
     }
 
     /// The management API's `http://…`, with credentials.
