@@ -30,9 +30,14 @@ impl Times {
         self.0.add(&other.0).expect("both have the same bounds");
     }
 
-    /// The time in milliseconds that so many percent stay below.
+    /// The time in milliseconds that so many percent stay below; zero when there is none.
     fn ms(&self, percent: f64) -> f64 {
         self.0.value_at_percentile(percent) as f64 / 1000.0
+    }
+
+    /// The same for people.
+    fn shown(&self, percent: f64) -> String {
+        if self.0.is_empty() { "-".into() } else { ms(self.ms(percent)) }
     }
 }
 
@@ -130,10 +135,10 @@ pub(super) fn to_table(reports: &[Report]) -> Table {
             format!("{} {}/s", grouped(report.per_s().round() as u64), report.unit),
             grouped(report.count),
             format!("{:.2}", report.took.as_secs_f64()),
-            ms(report.times.ms(50.0)),
-            ms(report.times.ms(99.0)),
-            ms(report.times.ms(99.9)),
-            ms(report.times.ms(100.0)),
+            report.times.shown(50.0),
+            report.times.shown(99.0),
+            report.times.shown(99.9),
+            report.times.shown(100.0),
             report.timed.to_owned(),
         ]);
     }
