@@ -42,6 +42,11 @@ impl Addresses {
         &self.uris[attempt % self.uris.len()]
     }
 
+    /// How many addresses there are: one a node.
+    pub(super) fn count(&self) -> usize {
+        self.uris.len()
+    }
+
     /// Host and port, for people. Never the password.
     pub(super) fn display(uri: &AMQPUri) -> String {
         format!("{}://{}:{}/{}", uri.scheme, uri.authority.host, uri.authority.port, uri.vhost.trim_start_matches('/'))

@@ -63,7 +63,7 @@ impl Shared {
 
     /// Declares a client's queues, and what else is its own.
     async fn declare_queues(&self, session: &Session, id: &ClientId) -> Result<(), lapin::Error> {
-        let (kind, has_users) = (self.options.queue_type, self.management.is_some());
+        let (kind, has_users) = (self.options.queue_type, self.users.is_some());
         let declared = session.control(async |channel| topology::declare_client(channel, id, kind).await).await;
         match declared {
             // The stand-in for an earlier client of this name, if that is what is in the way.
@@ -141,10 +141,11 @@ impl Shared {
         if let Some(client) = self.clients.get(&id) {
             client.end();
         }
-        if let Some(management) = &self.management {
-            // First, so that it cannot write any more.
-            management.delete_user(&id).await?;
-        }
+        // First, so that it cannot write any more. When that cannot be done now, everything else is all the same.
+        let without_user = match &self.users {
+            Some(users) => users.remove(&id).await,
+            None => Ok(()),
+        };
         let fail = |error| broker_error(&action, error);
         session.control(async |channel| topology::delete_client(channel, &id).await).await.map_err(fail)?;
         let now_s = Timestamp::now().as_millis().div_euclid(1000);
@@ -156,6 +157,7 @@ impl Shared {
             let made = session.control(async |channel| topology::declare_stand_in(channel, &id, expires_s).await).await;
             made.map_err(fail)?;
         }
+        without_user?;
         state::forget_client(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
         self.clients.remove(&id);
         Ok(())
@@ -171,7 +173,8 @@ impl Shared {
                 self.seal_own(session, name, Own::Internal(kind)).await?;
             }
         }
-        let clients = self.clients.all();
+        // One whose deletion is not finished yet is to have nothing again.
+        let clients: Vec<_> = self.clients.all().into_iter().filter(|client| !client.is_gone()).collect();
         let mut declared = futures_util::stream::iter(clients)
             .map(|client| async move {
                 let declared = self.declare_again(session, &client).await;
@@ -224,9 +227,17 @@ impl Shared {
 
     /// After an error of a consumer: declares its queue again when that was the reason.
     pub(super) async fn repair_queue(&self, queue: &Queue, error: &lapin::Error) {
-        if fault_of(error) == Fault::NotFound {
-            log::warn!("queue {queue} was deleted by somebody else; it is declared again");
-            self.repair(self.clients.owner(queue).as_deref()).await;
+        match fault_of(error) {
+            Fault::NotFound => {
+                log::warn!("queue {queue} was deleted by somebody else; it is declared again");
+                self.repair(self.clients.owner(queue).as_deref()).await;
+            }
+            Fault::Refused => {
+                if let Some(client) = self.clients.owner(queue) {
+                    set_apart_if_refused(&client, &queue.to_string(), error);
+                }
+            }
+            Fault::Conflict | Fault::Channel | Fault::Connection => {}
         }
     }
 
@@ -331,6 +342,15 @@ impl Shared {
         let publish = self.count(&Queue::Publish, None).await?;
         let unrouted = self.count(&Queue::Unrouted, None).await?;
         Ok(vec![(topology::PUBLISH, publish), (topology::UNROUTED, unrouted)])
+    }
+}
+
+/// Sets a client apart that has kept its queue from being read.
+pub(super) fn set_apart_if_refused(client: &Client, queue: &str, error: &lapin::Error) {
+    // All that wait for an answer on a channel are told the error that closed it; it names the one whose fault it is.
+    let is_its_own = fault_of(error) == Fault::Refused && error.to_string().contains(&format!("'{queue}'"));
+    if is_its_own && client.set_apart() {
+        log::warn!("{queue} cannot be read: {error}; it is read apart from others from now on");
     }
 }
 

@@ -31,6 +31,8 @@ pub(super) struct Client {
     next_look_s: AtomicU64,
     /// Deleted: its consumers end.
     gone: AtomicBool,
+    /// RabbitMQ has refused to let its inbox be read. See [`Client::set_apart`].
+    apart: AtomicBool,
     consumers: Mutex<Vec<Weak<ConsumerCore>>>,
     puller: Mutex<Option<Arc<Puller>>>,
     /// What the log was told of trouble with its queues.
@@ -50,6 +52,7 @@ impl Client {
             delayed: Mutex::default(),
             next_look_s: AtomicU64::new(0),
             gone: AtomicBool::new(false),
+            apart: AtomicBool::new(false),
             consumers: Mutex::default(),
             puller: Mutex::default(),
             told: Mutex::default(),
@@ -92,6 +95,18 @@ impl Client {
     /// Whether it was deleted.
     pub(super) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Acquire)
+    }
+
+    /// Its inbox is read on a channel apart from now on, for as long as this process lives: a client that keeps its
+    /// inbox to itself (an exclusive AMQP consumer) has RabbitMQ close the channel on which anybody else tries to read
+    /// it, under all consumers of that channel. Returns whether this is new.
+    pub(super) fn set_apart(&self) -> bool {
+        !self.apart.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether its inbox is read on a channel apart.
+    pub(super) fn is_apart(&self) -> bool {
+        self.apart.load(Ordering::Acquire)
     }
 
     /// Ends its consumers and its pulls.

@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
 
-use super::Shared;
+use super::admin::set_apart_if_refused;
+use super::clients::Client;
 use super::error::{broker_error, unavailable};
 use super::intake::{Intake, IntakeChannel, Left, Subscription};
+use super::{Shared, topology};
 use crate::broker::BrokerError;
 
 /// Deliveries in one chunk, at most and at least, and their bytes: bounds what is in memory at a time.
@@ -32,6 +34,8 @@ pub(super) struct Harvest<'a> {
     shared: &'a Shared,
     intake: &'a Intake,
     queue: String,
+    /// Whose inbox it is, if it is one.
+    owner: Option<&'a Client>,
     /// Deliveries that are neither acknowledged nor given back.
     kept: Vec<(Arc<IntakeChannel>, u64)>,
     /// How long its messages are on average.
@@ -41,7 +45,15 @@ pub(super) struct Harvest<'a> {
 impl<'a> Harvest<'a> {
     /// Begins at the front of a queue that exists.
     pub(super) fn new(shared: &'a Shared, queue: String) -> Self {
-        Self { shared, intake: shared.chores(&queue), queue, kept: Vec::new(), size: SIZE_AT_FIRST }
+        let intake = shared.chores(&queue, None);
+        Self { shared, intake, queue, owner: None, kept: Vec::new(), size: SIZE_AT_FIRST }
+    }
+
+    /// Begins at the front of a client's inbox, which others may read as well, or keep from being read.
+    pub(super) fn of_inbox(shared: &'a Shared, client: &'a Client) -> Self {
+        let queue = topology::inbox(&client.id);
+        let intake = shared.chores(&queue, Some(client));
+        Self { shared, intake, queue, owner: Some(client), kept: Vec::new(), size: SIZE_AT_FIRST }
     }
 
     /// The next deliveries, at most this many; none when the end is reached.
@@ -51,7 +63,12 @@ impl<'a> Harvest<'a> {
         let prefetch = u16::try_from(most.clamp(1, fitting)).expect("the bound fits");
         let pending = self.intake.subscribe(&self.queue, prefetch).await.ok_or_else(|| unavailable(action()))?;
         let subscription = pending.await.map_err(|_| unavailable(action()))?;
-        let mut subscription = subscription.map_err(|error| broker_error(action(), error))?;
+        let mut subscription = subscription.map_err(|error| {
+            if let Some(client) = self.owner {
+                set_apart_if_refused(client, &self.queue, &error);
+            }
+            broker_error(action(), error)
+        })?;
         let channel = Arc::clone(&subscription.channel);
         let mut chunk = Vec::with_capacity(usize::from(prefetch));
         let result = self.fill(&mut subscription, &mut chunk).await;

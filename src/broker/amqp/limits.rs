@@ -83,7 +83,7 @@ async fn expire(shared: &Arc<Shared>, client: &Client, ttl_s: u64, ready: u64) -
     if ready == 0 || now_s < client.next_look_s() {
         return Ok(());
     }
-    let mut harvest = Harvest::new(shared, topology::inbox(&client.id));
+    let mut harvest = Harvest::of_inbox(shared, client);
     loop {
         let Chunk { dying, next, is_end } = take_chunk(shared, client, &mut harvest, CHUNK, |held| {
             let expires_s = expires_s(held);
@@ -113,7 +113,7 @@ async fn push_out(shared: &Arc<Shared>, client: &Client, excess: u64, ready: u64
         bury(shared, &client.id, with_attempts(oldest), DeadReason::InboxFull).await?;
     }
     let mut left = left.min(ready);
-    let mut harvest = Harvest::new(shared, topology::inbox(&client.id));
+    let mut harvest = Harvest::of_inbox(shared, client);
     while left > 0 {
         let most = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
         let Chunk { dying, is_end, .. } = take_chunk(shared, client, &mut harvest, most, |_| Ok(())).await?;

@@ -115,6 +115,8 @@ impl Shared {
             return Ok(());
         }
         let name = topology::retry(seconds);
+        let noted = state::note_retry(&self.db, seconds).await;
+        noted.map_err(|error| db_error(format!("note queue {name}"), error))?;
         let declared = session.control(async |channel| topology::declare_retry(channel, seconds).await).await;
         declared.map_err(|error| broker_error(format!("declare queue {name}"), error))?;
         self.seal_own(session, &name, Own::Retry(seconds)).await?;

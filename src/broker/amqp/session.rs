@@ -9,6 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
@@ -76,6 +77,10 @@ pub(super) struct Session {
     turns: Semaphore,
     /// Why RabbitMQ takes no messages, while it does not.
     blocked: watch::Sender<Option<Arc<str>>>,
+    /// When RabbitMQ last confirmed anything, in milliseconds since the session began.
+    last_sign_ms: AtomicU64,
+    /// Whether it has not for so long that nobody should wait for it.
+    silent: watch::Sender<bool>,
     /// Retry queues that are known to be there.
     retries: Mutex<BTreeSet<u64>>,
     /// Something that belongs to no client was not there.
@@ -96,6 +101,8 @@ impl Session {
             idle: Mutex::new(Vec::new()),
             turns: Semaphore::new(CONTROL_CHANNELS),
             blocked: watch::Sender::new(None),
+            last_sign_ms: AtomicU64::new(0),
+            silent: watch::Sender::new(false),
             retries: Mutex::default(),
             suspect: Notify::new(),
             since: Instant::now(),
@@ -119,22 +126,30 @@ impl Session {
         Ok(channel)
     }
 
-    /// Runs `work` on a control channel. An error closes the channel, so it is not used again.
+    /// Runs `work` on a control channel. An error closes the channel, so it is not used again. When RabbitMQ falls
+    /// silent it is not waited for.
     pub(super) async fn control<T>(
         &self,
         work: impl AsyncFnOnce(&Channel) -> Result<T, lapin::Error>,
     ) -> Result<T, lapin::Error> {
         let _turn = self.turns.acquire().await.expect("the semaphore is never closed");
-        let idle = self.idle.lock().pop();
-        let (channel, calls) = match idle {
-            Some((channel, calls)) if channel.status().connected() => (channel, calls),
-            _ => (self.channel(Role::Control).await?, 0),
+        let mut silences = self.silences();
+        let call = async {
+            let idle = self.idle.lock().pop();
+            let (channel, calls) = match idle {
+                Some((channel, calls)) if channel.status().connected() => (channel, calls),
+                _ => (self.channel(Role::Control).await?, 0),
+            };
+            let done = within(CONTROL_TIMEOUT, work(&channel)).await?;
+            if calls < CALLS_PER_CHANNEL {
+                self.idle.lock().push((channel, calls + 1));
+            }
+            Ok(done)
         };
-        let result = within(CONTROL_TIMEOUT, work(&channel)).await;
-        if result.is_ok() && calls < CALLS_PER_CHANNEL {
-            self.idle.lock().push((channel, calls + 1));
+        tokio::select! {
+            result = call => result,
+            Ok(_) = silences.wait_for(|silent| *silent) => Err(late("it gives no sign of life")),
         }
-        result
     }
 
     /// Whether a queue answers when it is asked for a message. Asked on a connection of its own, because RabbitMQ closes
@@ -208,6 +223,34 @@ impl Session {
         self.blocked.subscribe()
     }
 
+    /// RabbitMQ has confirmed something: it is there, and takes messages.
+    pub(super) fn note_sign(&self) {
+        let now_ms = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last_sign_ms.store(now_ms, Ordering::Relaxed);
+        self.silent.send_if_modified(|silent| std::mem::take(silent));
+    }
+
+    /// For how long RabbitMQ has confirmed nothing.
+    pub(super) fn silence(&self) -> Duration {
+        let last = Duration::from_millis(self.last_sign_ms.load(Ordering::Relaxed));
+        self.since.elapsed().saturating_sub(last)
+    }
+
+    /// Nobody should wait for RabbitMQ until it gives a sign. Returns whether that is news.
+    pub(super) fn set_silent(&self) -> bool {
+        self.silent.send_if_modified(|silent| !std::mem::replace(silent, true))
+    }
+
+    /// Whether RabbitMQ is asked for a sign of life, and has given none for seconds.
+    pub(super) fn is_silent(&self) -> bool {
+        *self.silent.borrow()
+    }
+
+    /// Tells when that changes.
+    pub(super) fn silences(&self) -> watch::Receiver<bool> {
+        self.silent.subscribe()
+    }
+
     /// Follows alarms until the session ends. Resolves when a connection breaks.
     pub(super) async fn watch(&self) {
         let publishing = [Role::Ingress, Role::Relay].map(|role| self.connection(role));
@@ -240,6 +283,7 @@ impl Session {
         let options = BasicPublishOptions::default();
         let publish = channel.basic_publish(short(""), short("soar-probe"), options, b"", BasicProperties::default());
         publish.await?.await?;
+        self.note_sign();
         Ok(())
     }
 
@@ -251,7 +295,8 @@ impl Session {
     }
 }
 
-async fn connect(uri: &AMQPUri, what_for: &str) -> Result<Connection, lapin::Error> {
+/// One connection, named after what it is for.
+pub(super) async fn connect(uri: &AMQPUri, what_for: &str) -> Result<Connection, lapin::Error> {
     let name = format!("communications-backbone {what_for}");
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     within(CONNECT_TIMEOUT, Connection::connect_uri(uri.clone(), properties)).await
@@ -262,6 +307,10 @@ pub(super) async fn within<T>(
     limit: Duration,
     call: impl Future<Output = Result<T, lapin::Error>>,
 ) -> Result<T, lapin::Error> {
-    let late = || std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {limit:?}"));
-    tokio::time::timeout(limit, call).await.unwrap_or_else(|_| Err(late().into()))
+    let call = tokio::time::timeout(limit, call).await;
+    call.unwrap_or_else(|_| Err(late(&format!("no answer within {limit:?}"))))
+}
+
+fn late(why: &str) -> lapin::Error {
+    std::io::Error::new(std::io::ErrorKind::TimedOut, why).into()
 }

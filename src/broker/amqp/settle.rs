@@ -124,9 +124,11 @@ async fn move_on(core: Arc<ConsumerCore>, moves: Vec<(Held, Onward)>) -> Result<
     if acked { result } else { result.and(Err(unavailable(action))) }
 }
 
-/// A client's AMQP publishes count as duplicates here; those that came by HTTP were counted when they were taken.
+/// A client's AMQP publishes count as accepted, and as duplicates, here; those that came by HTTP were counted when they
+/// were taken.
 fn count_duplicates(shared: &Shared, held: &[Held]) {
     let foreign = held.iter().filter(|held| matches!(held.payload, Payload::Foreign(_))).count();
+    shared.telemetry.metrics.accepted.inc_by(foreign as u64);
     shared.telemetry.metrics.duplicates.inc_by(foreign as u64);
 }
 
@@ -364,6 +366,12 @@ pub(super) fn note_delivered(shared: &Shared, client: &ClientId, held: &[Held]) 
 
 fn note_moved(core: &ConsumerCore, one: &Move) {
     let shared = &core.shared;
+    if let Onward::Forward(_, message) = &one.onward
+        && matches!(one.held.payload, Payload::Foreign(_))
+    {
+        shared.telemetry.metrics.accepted.inc();
+        shared.telemetry.traces.record(message, Step::Accepted);
+    }
     match &one.onward {
         Onward::Forward(Target::Publish, message) => shared.telemetry.traces.record(message, Step::Forwarded),
         Onward::Forward(target, message) => {

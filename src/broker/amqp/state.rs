@@ -40,6 +40,8 @@ CREATE TABLE IF NOT EXISTS amqp_delayed (
 CREATE TABLE IF NOT EXISTS amqp_sealed (
     queue TEXT PRIMARY KEY
 ) WITHOUT ROWID;
+-- Retry queues that were ever declared.
+CREATE TABLE IF NOT EXISTS amqp_retry (seconds INTEGER PRIMARY KEY);
 -- Stand-ins for inboxes that are gone while something is delayed for them.
 CREATE TABLE IF NOT EXISTS amqp_stand_in (
     client TEXT PRIMARY KEY,
@@ -262,4 +264,27 @@ pub(super) async fn forget_due(db: &Db, now_s: i64) -> Result<(), DbError> {
         Ok(())
     })
     .await
+}
+
+/// Notes a retry queue, before it is declared.
+pub(super) async fn note_retry(db: &Db, seconds: u64) -> Result<(), DbError> {
+    db.write(move |connection| {
+        connection.prepare_cached("INSERT OR IGNORE INTO amqp_retry (seconds) VALUES (?1)")?.execute([seconds])?;
+        Ok(())
+    })
+    .await
+}
+
+/// The retry queues that there may be.
+pub(super) async fn retries(db: &Db) -> Result<Vec<u64>, DbError> {
+    db.read(|connection| {
+        let mut select = connection.prepare("SELECT seconds FROM amqp_retry ORDER BY seconds")?;
+        select.query_map([], |row| row.get(0))?.collect()
+    })
+    .await
+}
+
+/// Nothing is delayed any more.
+pub(super) async fn forget_delayed(db: &Db) -> Result<(), DbError> {
+    db.write(|connection| connection.execute("DELETE FROM amqp_delayed", []).map(|_| ())).await
 }

@@ -228,6 +228,11 @@ const COUNTS_MAX: u32 = 20;
 
 /// Messages that are ready in a queue.
 pub(super) async fn count(channel: &Channel, name: &str) -> Result<u64, lapin::Error> {
+    look_at(channel, name).await.map(|(messages, _)| messages)
+}
+
+/// Messages that are ready in a queue, and how many consume it.
+pub(super) async fn look_at(channel: &Channel, name: &str) -> Result<(u64, u32), lapin::Error> {
     for _ in 0..COUNTS_MAX {
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
         let asked = Instant::now();
@@ -235,7 +240,7 @@ pub(super) async fn count(channel: &Channel, name: &str) -> Result<u64, lapin::E
         let count = queue.message_count();
         // None, said late, is what RabbitMQ says when it does not know.
         if count > 0 || asked.elapsed() < LEADER_ANSWERS_WITHIN {
-            return Ok(u64::from(count));
+            return Ok((u64::from(count), queue.consumer_count()));
         }
     }
     Err(std::io::Error::new(std::io::ErrorKind::TimedOut, format!("queue {name} does not answer")).into())

@@ -163,6 +163,13 @@ impl Node {
         (self.address, AMQP_PORT).into()
     }
 
+    /// Adds lines to the `rabbitmq.conf` of one that is not started yet.
+    pub(crate) fn configure(&self, lines: &str) {
+        let path = self.directory.join("rabbitmq.conf");
+        let configuration = std::fs::read_to_string(&path).expect("reads") + lines + "\n";
+        std::fs::write(&path, configuration).expect("writes");
+    }
+
     /// `amqp://…` of its default virtual host.
     pub(crate) fn url(&self) -> String {
         amqp_url(self.amqp_address(), "%2f")
@@ -384,27 +391,32 @@ impl Cluster {
         let temporary = Arc::new(tempfile::tempdir().expect("a temporary directory"));
         let addresses: Vec<Ipv4Addr> = (0..count).map(|_| own_address()).collect();
         let home = Arc::new(Home::new(temporary.path(), &addresses, true));
+        // The first forms a cluster of its own; the others find it in their configuration, and join it as they start.
         let mut nodes: Vec<Node> = Vec::new();
         for address in addresses {
+            let peer = nodes.first().map_or_else(|| format!("rabbit@{address}"), Node::name);
+            let peers = format!(
+                "cluster_formation.peer_discovery_backend = classic_config\n\
+                 cluster_formation.classic_config.nodes.1 = {peer}\n\
+                 cluster_formation.classic_config.nodes.2 = rabbit@{address}\n\
+                 cluster_formation.randomized_startup_delay_range.min = 0\n\
+                 cluster_formation.randomized_startup_delay_range.max = 1\n"
+            );
             let directory = temporary.path().join(address.to_string());
-            let mut node = Node::on(Arc::clone(&home), address, &directory, "");
+            let mut node = Node::on(Arc::clone(&home), address, &directory, &peers);
             node._temporary = Some(Arc::clone(&temporary));
             node.spawn();
+            if nodes.is_empty() {
+                node.wait_until_up().await;
+            }
             nodes.push(node);
         }
         for node in &mut nodes {
             node.wait_until_up().await;
         }
-        let first = nodes[0].name();
-        for node in &nodes[1..] {
-            node.ctl(&["stop_app"]).await;
-            node.ctl(&["reset"]).await;
-            node.ctl(&["join_cluster", &first]).await;
-            node.ctl(&["start_app"]).await;
-        }
-        for node in &mut nodes {
-            node.wait_until_up().await;
-        }
+        let members = nodes[0].manage(reqwest::Method::GET, "nodes?columns=name,running", None).await;
+        let running = members.as_array().map_or(0, |all| all.iter().filter(|node| node["running"] == true).count());
+        assert_eq!(running, count, "all nodes are members of one cluster: {members}");
         Self { nodes }
     }
 
@@ -449,6 +461,29 @@ impl VirtualHost {
     /// Its `amqp://…`.
     pub(crate) fn url(&self) -> String {
         amqp_url(self.address, &self.name)
+    }
+
+    /// Where its node takes AMQP connections.
+    pub(crate) fn amqp_address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its `amqp://…` through a proxy at another address.
+    pub(crate) fn url_through(&self, proxy: SocketAddr) -> String {
+        amqp_url(proxy, &self.name)
+    }
+
+    /// Its `amqp://…` for this user.
+    pub(crate) fn url_of(&self, user: &str, password: &str) -> String {
+        format!("amqp://{user}:{password}@{}/{}", self.address, self.name)
+    }
+
+    /// Makes a user that may do everything here, but is not the one that [`VirtualHost::url`] names.
+    pub(crate) async fn make_user(&self, user: &str, password: &str) {
+        let body = json!({"password": password, "tags": ""});
+        self.manage(reqwest::Method::PUT, &format!("users/{user}"), Some(body)).await;
+        let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
+        self.manage(reqwest::Method::PUT, &format!("permissions/{}/{user}", self.name), Some(all)).await;
     }
 
     /// Its name.
