@@ -19,8 +19,11 @@ use crate::topic::Pattern;
 /// Clients declared side by side after a reconnect.
 const DECLARE_AT_ONCE: usize = 16;
 
-/// How soon a queue is counted again that may only seem to be empty.
+/// How soon a queue is counted again whose leader may still be reading what it has.
 const COUNT_AGAIN_AFTER: Duration = Duration::from_millis(50);
+
+/// How often it is.
+const LOOKS_MAX: u32 = 4;
 
 /// How long counting waits for somebody who looks at the client's dead letters.
 const DEAD_TURN_WITHIN: Duration = Duration::from_secs(2);
@@ -241,15 +244,25 @@ impl Shared {
     /// Messages that are ready in a queue.
     pub(super) async fn count_ready(&self, name: &str) -> Result<u64, BrokerError> {
         let action = format!("count queue {name}");
+        let mut looks = 0;
         loop {
             let session = self.session(&action)?;
             let counted = session.control(async |channel| topology::count(channel, name).await).await;
             let ready = counted.map_err(|error| broker_error(&action, error))?;
-            let is_sure = ready > 0 || self.options.queue_type == QueueType::Classic || session.counts_are_sure(name);
-            if is_sure {
+            if self.options.queue_type == QueueType::Classic || session.counts_are_sure(name) {
                 return Ok(ready);
             }
+            if ready == 0 && session.answers(name).await {
+                session.note_led([name.to_owned()]);
+                continue;
+            }
             tokio::time::sleep(COUNT_AGAIN_AFTER).await;
+            let again = session.control(async |channel| topology::count(channel, name).await).await;
+            looks += 1;
+            // One that is busy never says the same twice.
+            if ready > 0 && (looks > LOOKS_MAX || again.is_ok_and(|again| again == ready)) {
+                return Ok(ready);
+            }
         }
     }
 

@@ -205,9 +205,10 @@ impl ConsumerCore {
     fn unsubscribe(&self, state: &mut State) {
         let shared = &self.shared;
         state.is_open = false;
+        let outstanding = state.buffer.len() + state.unsettled.len();
         let buffer = state.buffer.drain(..);
         match state.subscription.take() {
-            Some(subscription) => shared.end_subscription(&self.queue, subscription, buffer, None),
+            Some(subscription) => shared.end_subscription(&self.queue, subscription, buffer, outstanding, None),
             None => buffer.for_each(|held| shared.give_back(&held)),
         }
     }
@@ -442,7 +443,7 @@ impl Drop for AmqpConsumer {
         if let Some(mut pending) = self.pending.take() {
             pending.close();
             if let Ok(Ok(subscription)) = pending.try_recv() {
-                self.core.shared.end_subscription(&self.core.queue, subscription, [], None);
+                self.core.shared.end_subscription(&self.core.queue, subscription, [], 0, None);
             }
         }
     }

@@ -119,16 +119,31 @@ pub(super) struct Subscription {
 /// What becomes of what a subscription was handed and nobody took, when it ends.
 pub(super) enum Left {
     /// It goes back to the queue: these first, which were taken out of it and not settled; then what nobody looked at,
-    /// once that has been noted.
-    Back { first: Vec<u64>, note: Box<dyn FnOnce(Vec<Delivery>) + Send>, ended: Option<oneshot::Sender<()>> },
+    /// once that has been noted. `outstanding` were taken out and are not settled, these included.
+    Back {
+        first: Vec<u64>,
+        outstanding: usize,
+        note: Box<dyn FnOnce(Vec<Delivery>) + Send>,
+        ended: Option<oneshot::Sender<()>>,
+    },
     /// What nobody looked at is wanted still, on the same channel.
     Kept(oneshot::Sender<Vec<Delivery>>),
+}
+
+impl Left {
+    /// Everything goes back; nobody has looked at anything.
+    fn all() -> Self {
+        Self::Back { first: Vec::new(), outstanding: 0, note: Box::new(drop), ended: None }
+    }
 }
 
 enum Command {
     Subscribe { queue: String, prefetch: u16, reply: oneshot::Sender<Result<Subscription, lapin::Error>> },
     End { subscription: Subscription, left: Left },
 }
+
+/// How long the end of a subscription waits for what RabbitMQ may hand out still.
+const GATHER_WITHIN: Duration = Duration::from_millis(250);
 
 /// Deliveries given back at a time when a subscription ends. RabbitMQ's channel sends a quorum queue no more than 32
 /// commands without an answer, and keeps what comes then for later: behind a consumer that begins meanwhile.
@@ -198,7 +213,7 @@ async fn run(
                     let answer = subscribe(role, &link, &open, &queue, prefetch).await;
                     // Nobody waits for it any more, or is told.
                     if let Err(Ok(orphan)) = reply.send(answer) {
-                        end(orphan, Left::Back { first: Vec::new(), note: Box::new(drop), ended: None }).await;
+                        end(orphan, Left::all()).await;
                     }
                 });
             }
@@ -311,22 +326,23 @@ fn begin(
 
 async fn end(mut subscription: Subscription, left: Left) {
     let channel = Arc::clone(&subscription.channel);
+    let mut rest = Vec::new();
+    if let Left::Back { outstanding, .. } = &left {
+        gather(&mut subscription, *outstanding, &mut rest).await;
+    }
     if channel.is_alive() {
         let cancel = channel.channel.basic_cancel(subscription.consumer.tag(), BasicCancelOptions::default());
         // A channel that cannot even cancel is dead, or will be; then its deliveries come back by themselves.
         let _ = within(CALL_TIMEOUT, cancel).await;
     }
-    let mut rest = Vec::new();
-    while let Some(Some(next)) = subscription.consumer.next().now_or_never() {
-        rest.extend(next.ok());
-    }
+    drain(&mut subscription, &mut rest);
     match left {
         Left::Kept(wanted) => {
             if let Err(rest) = wanted.send(rest) {
                 give_back(&channel, &subscription.queue, tags_of(&rest)).await;
             }
         }
-        Left::Back { first, note, ended } => {
+        Left::Back { first, note, ended, .. } => {
             let tags = first.into_iter().chain(tags_of(&rest)).collect();
             note(rest);
             give_back(&channel, &subscription.queue, tags).await;
@@ -335,6 +351,29 @@ async fn end(mut subscription: Subscription, left: Left) {
                 let _ = ended.send(());
             }
         }
+    }
+}
+
+/// Waits for what is on its way to a subscription before it is cancelled. What a quorum queue hands out to a consumer
+/// that is being cancelled RabbitMQ gives back by itself: before, and so in front of, what is given back here.
+async fn gather(subscription: &mut Subscription, outstanding: usize, rest: &mut Vec<Delivery>) {
+    let until = Instant::now() + GATHER_WITHIN;
+    loop {
+        drain(subscription, rest);
+        if outstanding + rest.len() >= usize::from(subscription.prefetch) || Instant::now() >= until {
+            return;
+        }
+        match subscription.channel.round_trip(&subscription.queue).await {
+            Ok(ready) if ready > 0 => {}
+            Ok(_) | Err(_) => return drain(subscription, rest),
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+fn drain(subscription: &mut Subscription, rest: &mut Vec<Delivery>) {
+    while let Some(Some(next)) = subscription.consumer.next().now_or_never() {
+        rest.extend(next.ok());
     }
 }
 

@@ -240,11 +240,13 @@ impl Shared {
     }
 
     /// Ends a subscription. What nobody was handed goes back: what is in its buffer, and then what nobody looked at.
+    /// `outstanding` are not settled, the buffer included.
     fn end_subscription(
         self: &Arc<Self>,
         queue: &Queue,
         subscription: Subscription,
         buffer: impl IntoIterator<Item = Held>,
+        outstanding: usize,
         ended: Option<oneshot::Sender<()>>,
     ) {
         let (shared, channel) = (Arc::clone(self), Arc::clone(&subscription.channel));
@@ -265,7 +267,7 @@ impl Shared {
                 shared.memory.note(held.key, held.before);
             }
         };
-        let left = Left::Back { first, note: Box::new(note), ended };
+        let left = Left::Back { first, outstanding, note: Box::new(note), ended };
         self.intake(queue).end(&self.thread, subscription, left);
     }
 

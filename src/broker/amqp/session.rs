@@ -65,9 +65,9 @@ pub(super) const CONTROL_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a queue may take to answer. RabbitMQ itself gives up after five seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long after logging in a queue may have no leader yet. On a node that has just started it takes less than a second
+/// How long after logging in a queue may have no leader yet. On a node that has just started it takes about half a second
 /// to elect one.
-const LEADERS_WITHIN: Duration = Duration::from_secs(3);
+const LEADERS_WITHIN: Duration = Duration::from_secs(5);
 
 /// A set of connections. See the module.
 pub(super) struct Session {
@@ -171,8 +171,8 @@ impl Session {
         self.connections.iter().all(|connection| connection.status().connected())
     }
 
-    /// Whether a quorum queue that says that it has no messages has none. One without a leader says so as well, and after
-    /// a restart of RabbitMQ they have none for a moment.
+    /// Whether what a quorum queue says of its messages can be believed. After a restart of RabbitMQ it has no leader for
+    /// a moment, and then says that it has none; and for another moment it has one that has not read all.
     pub(super) fn counts_are_sure(&self, queue: &str) -> bool {
         self.since.elapsed() > LEADERS_WITHIN || self.led.lock().contains(queue)
     }

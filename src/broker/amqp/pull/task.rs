@@ -136,10 +136,12 @@ impl Puller {
             _ => false,
         };
         if is_left {
+            let outstanding = inner.store.outstanding();
             let buffer = inner.store.take_while(|_| true);
-            self.unsubscribe(&mut inner, buffer);
+            self.unsubscribe(&mut inner, buffer, outstanding);
         } else if is_short {
-            self.unsubscribe(&mut inner, Vec::new());
+            let outstanding = inner.store.outstanding();
+            self.unsubscribe(&mut inner, Vec::new(), outstanding);
         }
         if is_wanted && matches!(inner.phase, Phase::Idle) && now >= retry_at {
             return Next::Subscribe(prefetch);
@@ -163,7 +165,7 @@ impl Puller {
     }
 
     /// Ends the subscription. The buffer, and what it was handed and nobody looked at, goes back.
-    fn unsubscribe(&self, inner: &mut Inner, buffer: Vec<Held>) {
+    fn unsubscribe(&self, inner: &mut Inner, buffer: Vec<Held>, outstanding: usize) {
         let subscription = match std::mem::replace(&mut inner.phase, Phase::Idle) {
             Phase::Subscribed(subscription) => subscription,
             other => {
@@ -174,7 +176,7 @@ impl Puller {
         };
         let (sender, ended) = tokio::sync::oneshot::channel();
         inner.phase = Phase::Ending(ended);
-        self.shared.end_subscription(&self.queue, subscription, buffer, Some(sender));
+        self.shared.end_subscription(&self.queue, subscription, buffer, outstanding, Some(sender));
     }
 }
 
