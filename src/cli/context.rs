@@ -86,8 +86,8 @@ impl Context {
         match std::fs::read_to_string(&path) {
             Ok(token) => Ok(Who::Admin(token.trim().to_owned())),
             Err(error) => Err(CliError::failed(format!(
-                "no admin token: cannot read {} ({}); set SOAR_ADMIN_TOKEN or pass --admin-token, or set DATA_DIR to \
-                 the router's",
+                "no admin token: cannot read {} ({}); run this in the directory where the router was started, or set \
+                 DATA_DIR to the router's, or pass --admin-token",
                 path.display(),
                 error.kind()
             ))),

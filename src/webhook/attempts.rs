@@ -47,7 +47,7 @@ impl AttemptId {
 
     /// Reads what its `Display` wrote.
     pub fn parse(text: &str) -> Option<Self> {
-        let is_hex = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let is_hex = text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         if is_hex { i64::from_str_radix(text, 16).ok().map(Self) } else { None }
     }
 }

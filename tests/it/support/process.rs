@@ -29,7 +29,7 @@ impl RouterProcess {
         router
     }
 
-    /// The same without starting it.
+    /// One on `data_dir`, with these variables and no others; not started yet.
     pub(crate) fn prepare(data_dir: &Path, env: impl IntoIterator<Item = (String, String)>) -> Self {
         Self {
             data_dir: data_dir.to_owned(),
