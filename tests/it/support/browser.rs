@@ -137,12 +137,6 @@ impl Browser {
         self.post("/refresh", json!({})).await;
     }
 
-    /// Where it is.
-    pub(crate) async fn url(&mut self) -> String {
-        let url = self.command(reqwest::Method::GET, "/url", None).await.expect("a URL");
-        url.as_str().expect("a URL is text").to_owned()
-    }
-
     /// Runs the body of a function in the page, and returns what it returns. A promise is awaited.
     pub(crate) async fn eval(&mut self, script: &str) -> Value {
         self.try_eval(script).await.unwrap_or_else(|error| panic!("{script}: {error}"))
