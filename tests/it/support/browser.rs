@@ -300,7 +300,7 @@ impl Browser {
             if event["method"] == "Network.requestWillBeSent" && !of_browser {
                 let request = &event["params"]["request"];
                 // Where an operator was is nobody's business, not even the router's log.
-                if let Some(from) = request["headers"].get("Referer") {
+                if let Some(from) = request["headers"]["Referer"].as_str().filter(|from| !from.is_empty()) {
                     self.complaints.push(format!("a request says that it comes from {from}: {}", request["url"]));
                 }
                 self.requests.push(event["params"]["request"]["url"].as_str().expect("a URL").to_owned());
