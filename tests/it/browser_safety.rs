@@ -42,7 +42,7 @@ async fn what_clients_write_is_shown_as_text_wherever_it_is_shown() {
     // Its way, by the link of the dead letter: the id has every character that an address must not have.
     browser.click("#dead-letters td a").await;
     browser.sees("main h2", id).await;
-    browser.sees(".way", "dead letter").await;
+    browser.sees(".way", "attempt failed").await;
     browser.open("/#/tail?pattern=x").await;
     crate::support::eventually("the message is seen", crate::support::wait::SOON, async || {
         sender.send("x", json!({ "text": MARKUP })).await;
