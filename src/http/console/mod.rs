@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use super::client_view::ClientView;
 use super::clients::ask;
 use super::error::Problem;
-use super::openapi::{AdminProblems, InvalidProblem, UnavailableProblems};
+use super::openapi::{AdminProblems, InvalidProblem, PatternText, UnavailableProblems};
 use super::query::Query;
 use super::route::{Answer, Call};
 use crate::actors::registry::{ActorStates, GetActorStates};
@@ -98,18 +98,18 @@ struct Feed {
 /// and what is asked for: `clients` (a page of clients with depths and rates), `client` (one, with its actors; or
 /// `gone`; `last_attempt` is the id of its newest webhook attempt), `tail` (messages as they are published, at most 200 a second). Each event's data is one JSON object.
 #[utoipa::path(
-    get, path = "/console/feed", tag = "operation",
+    get, path = "/console/feed", operation_id = "console_feed", tag = "operation",
     params(
         ("clients" = Option<u32>, Query, minimum = 0, maximum = 1, description = "1 for a page of clients."),
         ("q" = Option<String>, Query, description = "Only clients with this in their id or name."),
         ("sort" = Option<Sort>, Query, description = "What the clients are sorted by."),
-        ("order" = Option<String>, Query, description = "`asc` or `desc`."),
+        ("order" = Option<super::openapi::SortOrder>, Query, description = "`asc` unless given."),
         ("offset" = Option<u32>, Query, minimum = 0, maximum = 10_000_000, description = "Clients to skip."),
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 200, description = "Clients at most; 50 unless given."),
-        ("client" = Option<String>, Query, description = "One client by its id."),
+        ("client" = Option<String>, Query, pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description = "One client by its id."),
         ("since" = Option<i64>, Query, minimum = 0, maximum = 253_402_300_799_999_i64,
             description = "The page has the samples until then (Unix time in milliseconds): only newer ones are sent."),
-        ("tail" = Option<String>, Query, description = "A pattern of topics to watch; `#` shows broadcasts too."),
+        ("tail" = Option<PatternText>, Query, description = "A pattern of topics to watch; `#` shows broadcasts too."),
     ),
     responses(
         (status = 200, description = "Events, until the caller hangs up", body = String, content_type = "text/event-stream"),
