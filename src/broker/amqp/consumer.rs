@@ -405,8 +405,13 @@ impl Consume for AmqpConsumer {
                 let current = state.subscription.as_ref().map(|subscription| subscription.prefetch);
                 if wanted == 0 {
                     self.core.unsubscribe(&mut state);
-                } else if current.is_some_and(|current| self.is_unfit(current)) {
-                    self.rest = self.core.renew(&mut state);
+                } else if let Some(current) = current.filter(|current| self.is_unfit(*current)) {
+                    // Only when it has all that it may have. Otherwise RabbitMQ may be handing out more, would give that
+                    // back by itself when the consumer is cancelled, and the next one would be handed what is behind.
+                    self.core.take_in(&mut state, None);
+                    if state.buffer.len() + state.unsettled.len() >= usize::from(current) {
+                        self.rest = self.core.renew(&mut state);
+                    }
                 }
                 state.subscription.is_some()
             };

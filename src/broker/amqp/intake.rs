@@ -139,7 +139,7 @@ impl Left {
 
 enum Command {
     Subscribe { queue: String, prefetch: u16, reply: oneshot::Sender<Result<Subscription, lapin::Error>> },
-    End { subscription: Subscription, left: Left },
+    End { subscription: Box<Subscription>, left: Left },
 }
 
 /// How long the end of a subscription waits for what RabbitMQ may hand out still.
@@ -180,7 +180,7 @@ impl Intake {
     /// Ends a subscription.
     pub(super) fn end(&self, thread: &AmqpThread, subscription: Subscription, left: Left) {
         let commands = self.commands.clone();
-        if let Err(error) = commands.try_send(Command::End { subscription, left }) {
+        if let Err(error) = commands.try_send(Command::End { subscription: Box::new(subscription), left }) {
             let (mpsc::error::TrySendError::Full(command) | mpsc::error::TrySendError::Closed(command)) = error;
             thread.spawn(async move {
                 // When the task is gone so are the channel and all its deliveries.
@@ -221,7 +221,7 @@ async fn run(
                 let turn = turns.next(&subscription.queue);
                 handle.spawn(async move {
                     let _turn = turn.begin().await;
-                    end(subscription, left).await;
+                    end(*subscription, left).await;
                 });
             }
         }

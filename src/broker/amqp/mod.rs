@@ -495,7 +495,11 @@ impl Broker for AmqpBroker {
         shared.set_link(Link::Closed);
         shared.wake_all();
         if let Some(session) = session {
-            let _ = shared.thread.run("close", async move { Ok(session.close().await) }).await;
+            let close = async move {
+                session.close().await;
+                Ok(())
+            };
+            let _ = shared.thread.run("close", close).await;
         }
         shared.thread.stop();
     }

@@ -227,7 +227,7 @@ impl Session {
     pub(super) fn note_sign(&self) {
         let now_ms = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last_sign_ms.store(now_ms, Ordering::Relaxed);
-        self.silent.send_if_modified(|silent| std::mem::take(silent));
+        self.silent.send_if_modified(std::mem::take);
     }
 
     /// For how long RabbitMQ has confirmed nothing.
