@@ -126,7 +126,7 @@ async fn append(
         if is_last || refusals.iter().any(|(_, why)| !matches!(why, Refusal::Unroutable)) {
             return Err(refused(action, why, &name));
         }
-        shared.repair(shared.clients.owner(queue).as_deref()).await;
+        shared.restore_queue(queue).await;
         left = refusals.into_iter().map(|(one, _)| one).collect();
     }
     unreachable!("the last round returns")

@@ -494,7 +494,10 @@ impl Shared {
             // It is declared before the next one is delayed.
             return session.forget_retries();
         }
-        let is_internal = !outgoing.exchange.as_str().is_empty() || outgoing.key.as_str() == topology::PUBLISH;
+        if outgoing.exchange.as_str().is_empty() && outgoing.key.as_str() == topology::PUBLISH {
+            return self.restore_queue(&Queue::Publish).await;
+        }
+        let is_internal = !outgoing.exchange.as_str().is_empty();
         log::warn!("queue {} was deleted by somebody else; it is declared again", target_of(outgoing));
         self.repair(client.filter(|_| !is_internal)).await;
     }
