@@ -29,6 +29,7 @@ use crate::config::{BrokerChoice, Config, TlsFiles};
 use crate::db::Db;
 use crate::directory::Directory;
 use crate::http;
+use crate::migrate;
 use crate::secret::{self, Secret, SecretHash};
 use crate::store::Store;
 use crate::telemetry::{self, Observer, Telemetry};
@@ -91,6 +92,9 @@ impl App {
         let telemetry = telemetry::new(config.trace_messages);
         let store = Store::open(db.clone(), &token_secret).await.map_err(database)?;
         let loaded = store.load().await.map_err(database)?;
+        if let Some(why) = migrate::check_start(&store, &config).await.map_err(database)? {
+            return Err(AppError::Moving(why));
+        }
         let broker = open_broker(&config, &db, &telemetry).await.map_err(AppError::Broker)?;
         let connector = webhook::tls::connector(config.webhook_ca.as_deref()).map_err(AppError::WebhookCa)?;
         let sender = webhook::Sender::new(config.webhook_allow.clone(), connector);
@@ -363,7 +367,8 @@ fn secret_file(path: PathBuf, generate: impl FnOnce() -> String) -> Result<Strin
     secret::read_or_create(&path, generate).map_err(|source| AppError::SecretFile { path, source })
 }
 
-fn token_secret(config: &Config) -> Result<TokenSecret, AppError> {
+/// The secret behind tokens and sealed webhook secrets, made if there is none yet.
+pub(crate) fn token_secret(config: &Config) -> Result<TokenSecret, AppError> {
     let (text, origin) = match &config.token_secret {
         Some(text) => (text.clone(), "SOAR_TOKEN_SECRET".to_owned()),
         None => {

@@ -12,6 +12,7 @@ pub mod http;
 pub mod intake;
 pub mod limits;
 pub mod logging;
+pub mod migrate;
 pub mod secret;
 pub mod store;
 pub mod telemetry;

@@ -53,6 +53,9 @@ pub enum AppError {
     /// The file in `SOAR_WEBHOOK_CA` cannot be used.
     #[error("cannot use SOAR_WEBHOOK_CA: {0}")]
     WebhookCa(crate::webhook::tls::CaError),
+    /// The queues are on their way to another broker.
+    #[error("{0}")]
+    Moving(String),
     /// The broker cannot be opened.
     #[error("cannot open the broker: {}", crate::actors::describe(.0))]
     Broker(BrokerError),

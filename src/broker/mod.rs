@@ -39,6 +39,7 @@
 
 pub mod amqp;
 pub mod embedded;
+pub mod stock;
 
 use std::fmt;
 use std::sync::Arc;
@@ -200,7 +201,8 @@ pub struct Settlement {
 /// The side of a consumer that settles; a broker implements it once per consumer.
 #[async_trait]
 pub trait Settle: Send + Sync {
-    /// Settles deliveries of this consumer by their tags, in order. Resolves when [`Outcome::Forward`]ed,
+    /// Settles deliveries of this consumer by their tags, in order; calls that overlap, in the order in which they were
+    /// first polled. Resolves when [`Outcome::Forward`]ed,
     /// [`Outcome::Delay`]ed and [`Outcome::Dead`] ones are as safe as they were before (G2); completions may become
     /// durable later. On an error the unsettled ones come back by themselves.
     async fn settle(&self, settlements: Vec<Settlement>) -> Result<(), BrokerError>;

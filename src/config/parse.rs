@@ -307,17 +307,10 @@ impl Judge {
     /// A URL may hold a password, so its value is never shown.
     fn broker(&mut self, text: Option<String>) -> BrokerChoice {
         let Some(text) = text else { return BrokerChoice::Embedded };
-        let text = text.trim();
-        if text == "embedded" {
-            return BrokerChoice::Embedded;
-        }
-        match url_with_host(text) {
-            Some("amqp" | "amqps") => BrokerChoice::Amqp(text.into()),
-            _ => {
-                self.wrong("SOAR_BROKER_URL", None, "embedded, amqp://user:password@host:5672/vhost or amqps://…");
-                BrokerChoice::Embedded
-            }
-        }
+        BrokerChoice::parse(&text).unwrap_or_else(|| {
+            self.wrong("SOAR_BROKER_URL", None, "embedded, amqp://user:password@host:5672/vhost or amqps://…");
+            BrokerChoice::Embedded
+        })
     }
 
     fn management_url(&mut self, text: Option<String>) -> Option<String> {
@@ -415,6 +408,17 @@ impl Config {
     /// Where a generated token secret lies.
     pub fn token_key_path(&self) -> PathBuf {
         self.data_dir.join("token-key")
+    }
+}
+
+impl BrokerChoice {
+    /// `embedded`, or a URL of RabbitMQ; `None` when it is neither.
+    pub fn parse(text: &str) -> Option<Self> {
+        let text = text.trim();
+        if text == "embedded" {
+            return Some(Self::Embedded);
+        }
+        matches!(url_with_host(text), Some("amqp" | "amqps")).then(|| Self::Amqp(text.into()))
     }
 }
 

@@ -54,7 +54,8 @@ impl Fixture for AmqpApp {
         let data_dir = directory.path().join("data");
         std::fs::create_dir(&data_dir).expect("a data directory");
         let most = MAX_MESSAGE_BYTES.to_string();
-        let app = TestApp::start_on(provision, directory, &data_dir, &[("SOAR_MAX_MESSAGE_BYTES", &most)]).await;
+        let app =
+            TestApp::start_provisioned(provision, directory, &data_dir, &[("SOAR_MAX_MESSAGE_BYTES", &most)]).await;
         let user = format!("peer-{}", host.name());
         host.make_user(&user, PASSWORD).await;
         let peer = Peer::connect(&host.url_of(&user, PASSWORD)).await;

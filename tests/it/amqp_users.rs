@@ -28,7 +28,7 @@ async fn start(kind: BrokerKind, url: String, directory: &TempDir, management_ur
     let data_dir = directory.path().join("data");
     std::fs::create_dir_all(&data_dir).expect("a data directory");
     let env: Vec<_> = management_url.map(|url| ("SOAR_RABBITMQ_MANAGEMENT_URL", url)).into_iter().collect();
-    TestApp::start_on(provision, temporary(), &data_dir, &env).await
+    TestApp::start_provisioned(provision, temporary(), &data_dir, &env).await
 }
 
 fn temporary() -> TempDir {

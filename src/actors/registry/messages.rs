@@ -156,6 +156,19 @@ pub struct ActorStates {
     pub pusher: ActorState,
 }
 
+impl ActorStates {
+    /// The same, but those at work wait for the broker.
+    pub(super) fn waiting(self) -> Self {
+        let waits = |state| if state == ActorState::Running { ActorState::Starting } else { state };
+        Self {
+            forwarder: waits(self.forwarder),
+            broadcaster: waits(self.broadcaster),
+            subscriber: waits(self.subscriber),
+            pusher: waits(self.pusher),
+        }
+    }
+}
+
 /// Asks how all actors are, in numbers; for metrics and the console.
 #[derive(Debug, Message)]
 #[rtype(result = "ActorCensus")]

@@ -1,20 +1,32 @@
 //! Declaring, binding, deleting and counting.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt as _;
 
 use super::clients::Client;
-use super::error::{Fault, broker_error, db_error, fault_of};
+use super::error::{Fault, broker_error, db_error, fault_of, with_cause};
+use super::seal::Own;
 use super::session::Session;
 use super::{Shared, state, topology};
 use crate::broker::{BrokerError, BrokerErrorKind, Depths, Queue};
 use crate::client::{ClientId, Limits};
+use crate::config::QueueType;
 use crate::time::Timestamp;
 use crate::topic::Pattern;
 
 /// Clients declared side by side after a reconnect.
 const DECLARE_AT_ONCE: usize = 16;
+
+/// How soon a queue is counted again whose leader may still be reading what it has.
+const COUNT_AGAIN_AFTER: Duration = Duration::from_millis(50);
+
+/// How often it is.
+const LOOKS_MAX: u32 = 4;
+
+/// How long counting waits for somebody who looks at the client's dead letters.
+const DEAD_TURN_WITHIN: Duration = Duration::from_secs(2);
 
 /// Messages of an inbox.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +53,7 @@ impl Shared {
                 self.declare_queues(&session, &id).await.map_err(fail)?;
             }
             self.seal().await?;
+            session.note_led(topology::client_queues(&id));
             state::note_sealed(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
         }
         let client = self.clients.put(&id, since_ms, &limits);
@@ -155,6 +168,11 @@ impl Shared {
         let kind = self.options.queue_type;
         let internal = session.control(async |channel| topology::declare_internal(channel, kind).await).await;
         internal.map_err(|error| broker_error("declare the backbone's own queues and exchanges", error))?;
+        if kind == QueueType::Quorum {
+            for name in [topology::PUBLISH, topology::UNROUTED] {
+                self.seal_own(session, name, Own::Internal(kind)).await?;
+            }
+        }
         // One whose deletion is not finished yet is to have nothing again.
         let clients: Vec<_> = self.clients.all().into_iter().filter(|client| !client.is_gone()).collect();
         let mut declared = futures_util::stream::iter(clients)
@@ -170,7 +188,7 @@ impl Shared {
             }
             // One client's trouble is not everybody's.
             let error = broker_error(format!("declare the queues of {}", client.id), error);
-            log::error!("{error}");
+            client.tell(&with_cause(&error));
         }
         Ok(())
     }
@@ -185,14 +203,25 @@ impl Shared {
     pub(super) async fn repair(&self, client: Option<&Client>) {
         let Ok(session) = self.session("declare again") else { return };
         let kind = self.options.queue_type;
-        let result = match client {
-            Some(client) if client.is_gone() => return,
-            Some(client) => self.declare_again(&session, client).await,
-            None => session.control(async |channel| topology::declare_internal(channel, kind).await).await,
-        };
-        if let Err(error) = result {
-            let whose = client.map_or("the backbone", |client| client.id.as_str());
-            log::warn!("cannot declare what belongs to {whose} again: {error}");
+        match client {
+            Some(client) if client.is_gone() => {}
+            Some(client) => match self.declare_again(&session, client).await {
+                Ok(()) => client.is_well(),
+                Err(error) if fault_of(&error) == Fault::Connection => {
+                    log::debug!("declaring the queues of {} again waits: {error}", client.id);
+                }
+                Err(error) => {
+                    let error = broker_error(format!("declare the queues of {}", client.id), error);
+                    client.tell(&with_cause(&error));
+                }
+            },
+            None => {
+                let declared = session.control(async |channel| topology::declare_internal(channel, kind).await).await;
+                if let Err(error) = declared {
+                    let error = broker_error("declare the backbone's own queues and exchanges again", error);
+                    log::warn!("{}", with_cause(&error));
+                }
+            }
         }
     }
 
@@ -215,9 +244,26 @@ impl Shared {
     /// Messages that are ready in a queue.
     pub(super) async fn count_ready(&self, name: &str) -> Result<u64, BrokerError> {
         let action = format!("count queue {name}");
-        let session = self.session(&action)?;
-        let counted = session.control(async |channel| topology::count(channel, name).await).await;
-        counted.map_err(|error| broker_error(action, error))
+        let mut looks = 0;
+        loop {
+            let session = self.session(&action)?;
+            let counted = session.control(async |channel| topology::count(channel, name).await).await;
+            let ready = counted.map_err(|error| broker_error(&action, error))?;
+            if self.options.queue_type == QueueType::Classic || session.counts_are_sure(name) {
+                return Ok(ready);
+            }
+            if ready == 0 && session.answers(name).await {
+                session.note_led([name.to_owned()]);
+                continue;
+            }
+            tokio::time::sleep(COUNT_AGAIN_AFTER).await;
+            let again = session.control(async |channel| topology::count(channel, name).await).await;
+            looks += 1;
+            // One that is busy never says the same twice.
+            if ready > 0 && (looks > LOOKS_MAX || again.is_ok_and(|again| again == ready)) {
+                return Ok(ready);
+            }
+        }
     }
 
     /// Messages of a queue that has no puller: ready, and in consumers of this process.
@@ -265,6 +311,8 @@ impl Shared {
         let action = format!("count the messages of {id}");
         self.session(&action)?;
         let client = self.clients.get(id).ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, action))?;
+        // While somebody looks at its dead letters they are not ready; what is told then is as it was, or too little.
+        let _turn = tokio::time::timeout(DEAD_TURN_WITHIN, client.dead_turn.acquire()).await;
         let counted = self.count_all(&client).await;
         match counted {
             Err(error) if error.kind == BrokerErrorKind::NotFound => {

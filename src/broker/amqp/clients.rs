@@ -8,6 +8,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::Semaphore;
 
 use super::consumer::ConsumerCore;
+use super::link::Told;
 use super::pull::Puller;
 use super::state::StoredClient;
 use crate::broker::Queue;
@@ -34,6 +35,8 @@ pub(super) struct Client {
     apart: AtomicBool,
     consumers: Mutex<Vec<Weak<ConsumerCore>>>,
     puller: Mutex<Option<Arc<Puller>>>,
+    /// What the log was told of trouble with its queues.
+    told: Mutex<Told>,
     /// Looking at dead letters, replaying and purging take turns.
     pub(super) dead_turn: Semaphore,
 }
@@ -52,6 +55,7 @@ impl Client {
             apart: AtomicBool::new(false),
             consumers: Mutex::default(),
             puller: Mutex::default(),
+            told: Mutex::default(),
             dead_turn: Semaphore::new(1),
         }
     }
@@ -74,6 +78,18 @@ impl Client {
     /// Before this second the front of its inbox need not be looked at for what has waited too long.
     pub(super) fn set_next_look_s(&self, second: u64) {
         self.next_look_s.store(second, Ordering::Relaxed);
+    }
+
+    /// Logs trouble with its queues, unless that was just done.
+    pub(super) fn tell(&self, trouble: &str) {
+        if self.told.lock().is_news(trouble) {
+            log::error!("{trouble}");
+        }
+    }
+
+    /// Its queues are all right.
+    pub(super) fn is_well(&self) {
+        self.told.lock().forget();
     }
 
     /// Whether it was deleted.

@@ -17,6 +17,7 @@ use rusqlite::{Connection, params};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
 
+use crate::broker::stock::{self, OwnIdCursor, OwnIdPage};
 use crate::db::{Db, DbError};
 use crate::envelope::Message;
 use crate::time::Timestamp;
@@ -166,9 +167,53 @@ impl Dedup {
         self.db.write(move |connection| note(connection, slot, fact, &ids)).await
     }
 
+    /// A page of what is remembered, for another broker; see [`crate::broker::stock`].
+    pub(super) async fn page(&self, after: Option<OwnIdCursor>, limit: usize) -> Result<OwnIdPage, DbError> {
+        let (slot, hash) = after.unwrap_or((i64::MIN, [0; 16]));
+        self.db
+            .read(move |connection| {
+                let mut select = connection.prepare_cached(
+                    "SELECT slot, hash, at, routed FROM dedup_amqp_id WHERE (slot, hash) > (?1, ?2)
+                     ORDER BY slot, hash LIMIT ?3",
+                )?;
+                let rows = select.query_map(params![slot, hash, limit], |row| {
+                    let id = stock::OwnId { hash: row.get(1)?, at_ms: row.get(2)?, routed: row.get(3)? };
+                    Ok(((row.get(0)?, id.hash), id))
+                })?;
+                let rows = rows.collect::<rusqlite::Result<Vec<(OwnIdCursor, stock::OwnId)>>>()?;
+                let next = rows.last().filter(|_| rows.len() == limit).map(|(cursor, _)| *cursor);
+                Ok((rows.into_iter().map(|(_, id)| id).collect(), next))
+            })
+            .await
+    }
+
+    /// Takes in what another broker remembered.
+    pub(super) async fn adopt(&self, ids: Vec<stock::OwnId>) -> Result<(), DbError> {
+        let slot = self.slot(Timestamp::now());
+        let (routed, accepted): (Vec<_>, Vec<_>) = ids.into_iter().partition(|id| id.routed);
+        let strip = |ids: Vec<stock::OwnId>| -> Vec<OwnId> {
+            ids.into_iter().map(|id| OwnId { hash: id.hash, at_ms: id.at_ms }).collect()
+        };
+        let (routed, accepted) = (strip(routed), strip(accepted));
+        self.db
+            .write(move |connection| {
+                note(connection, slot, Fact::Routed, &routed)?;
+                note(connection, slot, Fact::Accepted, &accepted)
+            })
+            .await
+    }
+
+    /// Forgets everything.
+    pub(super) async fn clear(&self) -> Result<(), DbError> {
+        self.delete_before(i64::MAX).await
+    }
+
     /// Deletes ids that count no more. Called now and then.
     pub(super) async fn forget_old(&self) -> Result<(), DbError> {
-        let before = self.slot(Timestamp::now()) - SLOTS_PER_WINDOW;
+        self.delete_before(self.slot(Timestamp::now()) - SLOTS_PER_WINDOW).await
+    }
+
+    async fn delete_before(&self, before: i64) -> Result<(), DbError> {
         loop {
             let deleted = self
                 .db

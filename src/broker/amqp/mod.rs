@@ -13,6 +13,8 @@
 //! - `clients`, `state`: the clients that are known, in memory and in the file. `admin` declares, binds and deletes them;
 //!   `seal` sees to it that a new queue survives a kill; `users` gives them users of their own, through `management`.
 //! - `chores`: what is done from time to time.
+//! - `stock`: everything that lies in RabbitMQ, for moving it to another broker and back.
+//! - `bare`: the same three queues without a router, for the bench to compare with.
 //!
 //! # Invariants
 //!
@@ -32,6 +34,7 @@
 mod acks;
 mod address;
 mod admin;
+pub mod bare;
 mod chores;
 mod clients;
 mod consumer;
@@ -53,6 +56,7 @@ mod seal;
 mod session;
 mod settle;
 mod state;
+mod stock;
 mod topology;
 mod users;
 mod wire;
@@ -71,13 +75,14 @@ use self::consumer::{AmqpConsumer, ConsumerCore};
 use self::dedup::Dedup;
 use self::error::db_error;
 use self::held::{Held, ReturnMemory};
-use self::intake::{Intake, Subscription};
+use self::intake::{Intake, Left, Subscription};
 use self::lane::Lane;
 use self::link::Link;
 use self::management::Management;
 use self::pull::Puller;
 use self::runtime::AmqpThread;
 use self::session::{Role, Session};
+pub use self::stock::AmqpStock;
 use self::users::Users;
 use self::wire::Trusted;
 use crate::broker::{
@@ -234,22 +239,42 @@ impl Shared {
         }
     }
 
-    /// Ends a subscription. What it was handed and nobody looked at goes back, and does not count as handed out.
+    /// Ends a subscription. What nobody was handed goes back: what is in its buffer, and then what nobody looked at.
+    /// `outstanding` are not settled, the buffer included.
     fn end_subscription(
         self: &Arc<Self>,
         queue: &Queue,
         subscription: Subscription,
+        buffer: impl IntoIterator<Item = Held>,
+        outstanding: usize,
         ended: Option<oneshot::Sender<()>>,
     ) {
         let (shared, channel) = (Arc::clone(self), Arc::clone(&subscription.channel));
         let (name, of) = (queue.to_string(), queue.clone());
-        let left = move |left: Vec<lapin::message::Delivery>| {
+        let mut first = Vec::new();
+        for held in buffer {
+            // What came on an earlier channel went back with that.
+            if Arc::ptr_eq(&held.channel, &channel) {
+                self.memory.note(held.key, held.before);
+                first.push(held.tag);
+            } else {
+                self.give_back(&held);
+            }
+        }
+        let note = move |left: Vec<lapin::message::Delivery>| {
             for delivery in left {
                 let held = Held::new(delivery, &channel, &name, shared.trusted(&of), &shared.memory);
                 shared.memory.note(held.key, held.before);
             }
         };
-        self.intake(queue).end(&self.thread, subscription, left, ended);
+        let left = Left::Back { first, outstanding, note: Box::new(note), ended };
+        self.intake(queue).end(&self.thread, subscription, left);
+    }
+
+    /// Gives back one that nobody was handed.
+    fn give_back(&self, held: &Held) {
+        self.memory.note(held.key, held.before);
+        held.channel.give_back([held.tag]);
     }
 
     fn add_consumer(&self, core: &Arc<ConsumerCore>) {
@@ -284,6 +309,13 @@ struct AmqpBroker {
 /// # Errors
 /// [`BrokerErrorKind::Conflict`] when a URL cannot be read; else what the file says.
 pub async fn connect(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<dyn Broker>, BrokerError> {
+    let shared = start(options, db, telemetry).await?;
+    shared.thread.spawn(chores::run(Arc::clone(&shared)));
+    Ok(Arc::new(AmqpBroker { shared }))
+}
+
+/// Everything but the chores.
+async fn start(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<Shared>, BrokerError> {
     let action = "open the AMQP broker";
     // For amqps and https; a second call, by whoever, changes nothing.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -326,8 +358,7 @@ pub async fn connect(options: Options, db: Db, telemetry: Telemetry) -> Result<A
     });
     shared.clients.load(stored);
     shared.thread.spawn(link::keep(Arc::clone(&shared)));
-    shared.thread.spawn(chores::run(Arc::clone(&shared)));
-    Ok(Arc::new(AmqpBroker { shared }))
+    Ok(shared)
 }
 
 #[async_trait]

@@ -136,7 +136,7 @@ pub(super) async fn keep(shared: &Arc<Shared>) {
             }
         };
         let is_new = |link: &Link| match link {
-            Link::Up(present) => present.epoch != session.epoch,
+            Link::Up(present) => !Arc::ptr_eq(present, &session),
             Link::Down(_) => false,
             Link::Closed => true,
         };

@@ -16,13 +16,19 @@ const STEP: usize = if cfg!(test) { 4 } else { 1000 };
 const PAGE_BYTES_MAX: usize = 16 << 20;
 
 /// A dead letter's id: its position, in hexadecimal of fixed width, so that it sorts as it was written.
-fn id_of(pos: u64) -> String {
+pub(super) fn id_of(pos: u64) -> String {
     format!("{pos:016x}")
 }
 
-/// The position that an id names; SQLite's integers are signed, and none lies beyond them.
+/// The position that an id is made of; SQLite's integers are signed, and none lies beyond them.
 fn pos_of(id: &str) -> Option<u64> {
     u64::from_str_radix(id, 16).ok().filter(|pos| i64::try_from(*pos).is_ok())
+}
+
+/// Where the dead letter with this id is: one that came from another broker kept the id that it had there.
+fn find(connection: &Connection, inbox: u32, id: &str) -> rusqlite::Result<Option<u64>> {
+    let found = connection.prepare_cached(schema::DEAD_BY_ID)?.query_row((inbox, id), |row| row.get(0)).optional()?;
+    Ok(found.or_else(|| pos_of(id)))
 }
 
 /// One row, without its body.
@@ -57,11 +63,13 @@ impl Shared {
         let inbox = self.inbox_of(client, action)?;
         // What died a moment ago is on the page, too.
         self.barrier(action).await?;
-        let after = after.and_then(pos_of).unwrap_or(0);
-        let read = move |connection: &Connection| page(connection, inbox, after, limit);
-        let (dead_letters, more) = self.db.read(read).await.map_err(|error| broker_error(action, &error))?;
-        let next = if more { dead_letters.last().map(|dead| dead.id.clone()) } else { None };
-        Ok(DeadPage { dead_letters, next })
+        let after = after.map(str::to_owned);
+        let read = move |connection: &Connection| {
+            let after = after.map(|id| find(connection, inbox, &id)).transpose()?.flatten().unwrap_or(0);
+            page(connection, inbox, after, limit)
+        };
+        let (dead_letters, last) = self.db.read(read).await.map_err(|error| broker_error(action, &error))?;
+        Ok(DeadPage { dead_letters, next: last.map(id_of) })
     }
 
     pub(super) async fn replay_dead(&self, client: &ClientId, ids: Option<&[String]>) -> Result<u64, BrokerError> {
@@ -74,11 +82,8 @@ impl Shared {
         match ids {
             Some(ids) => {
                 for step in ids.chunks(STEP) {
-                    let mut positions: Vec<u64> = step.iter().filter_map(|id| pos_of(id)).collect();
-                    positions.sort_unstable();
-                    positions.dedup();
-                    replayed +=
-                        self.take_dead(client, action, true, move |c, inbox| named(c, inbox, &positions)).await?;
+                    let ids = step.to_vec();
+                    replayed += self.take_dead(client, action, true, move |c, inbox| named(c, inbox, &ids)).await?;
                 }
             }
             None => loop {
@@ -140,20 +145,27 @@ impl Shared {
     }
 }
 
-/// Up to `limit` dead letters, fewer when they are large, and whether there are more.
-fn page(connection: &Connection, inbox: u32, after: u64, limit: usize) -> rusqlite::Result<(Vec<DeadLetter>, bool)> {
+/// Up to `limit` dead letters, fewer when they are large, and where the last one is when there are more.
+fn page(
+    connection: &Connection,
+    inbox: u32,
+    after: u64,
+    limit: usize,
+) -> rusqlite::Result<(Vec<DeadLetter>, Option<u64>)> {
     let mut select = connection.prepare_cached(schema::DEAD_PAGE)?;
     let mut rows = select.query((inbox, after, limit + 1))?;
-    let (mut page, mut bytes) = (Vec::new(), 0);
+    let (mut page, mut bytes, mut last) = (Vec::new(), 0, None);
     while let Some(row) = rows.next()? {
         if page.len() == limit || bytes > PAGE_BYTES_MAX {
-            return Ok((page, true));
+            return Ok((page, last));
         }
         let (head, reason): (Vec<u8>, String) = (row.get(6)?, row.get(3)?);
-        let data: Vec<u8> = row.get(7)?;
+        let (data, id): (Vec<u8>, Option<String>) = (row.get(7)?, row.get(9)?);
+        let pos = row.get(0)?;
         bytes += data.len();
+        last = Some(pos);
         page.push(DeadLetter {
-            id: id_of(row.get(0)?),
+            id: id.unwrap_or_else(|| id_of(pos)),
             origin: schema::origin_from_code(row.get(2)?),
             reason: DeadReason::from_name(&reason).unwrap_or(DeadReason::Rejected),
             attempts: row.get(4)?,
@@ -161,14 +173,20 @@ fn page(connection: &Connection, inbox: u32, after: u64, limit: usize) -> rusqli
             payload: schema::decode_payload(&head, data)?,
         });
     }
-    Ok((page, false))
+    Ok((page, None))
 }
 
 fn oldest(connection: &Connection, inbox: u32, until: u64, before: i64) -> rusqlite::Result<Vec<Row>> {
     connection.prepare_cached(schema::DEAD_ROWS)?.query_map((inbox, until, before, STEP), row)?.collect()
 }
 
-fn named(connection: &Connection, inbox: u32, positions: &[u64]) -> rusqlite::Result<Vec<Row>> {
+fn named(connection: &Connection, inbox: u32, ids: &[String]) -> rusqlite::Result<Vec<Row>> {
+    let mut positions = Vec::with_capacity(ids.len());
+    for id in ids {
+        positions.extend(find(connection, inbox, id)?);
+    }
+    positions.sort_unstable();
+    positions.dedup();
     let mut select = connection.prepare_cached(schema::DEAD_ROW)?;
     let mut rows = Vec::new();
     for pos in positions {

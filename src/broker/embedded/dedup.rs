@@ -10,6 +10,7 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension as _};
 use sha2::{Digest, Sha256};
 
+use crate::broker::stock::OwnId;
 use crate::envelope::Message;
 
 /// Half of SHA-256 over sender and id: collisions are out of the question, within one window and between senders.
@@ -21,6 +22,9 @@ const GENERATION_IDS_MAX: u32 = 1 << 20;
 /// A generation takes ids for this part of the window, and for this long at least, in milliseconds: each has a filter.
 const GENERATIONS_PER_WINDOW: u32 = 4;
 const GENERATION_MS_MIN: i64 = 50;
+
+/// Ids that are adopted within this time share a generation, in milliseconds.
+const ADOPTED_MS: i64 = 10_000;
 
 /// Bits of a filter: ten for each id, which with four probes lets about 1 % of fresh ids through to a look-up.
 const FILTER_BITS: u64 = GENERATION_IDS_MAX as u64 * 10;
@@ -163,6 +167,26 @@ pub(super) fn find(connection: &Connection, hash: &IdHash, generations: &[u32]) 
         newest = newest.max(at);
     }
     Ok(newest)
+}
+
+/// Takes in ids that another broker remembered: into a generation of their own, which ends now and so is kept for as
+/// long as the youngest of them counts.
+pub(super) fn adopt(connection: &Connection, ids: &[OwnId], now_ms: i64) -> rusqlite::Result<()> {
+    let newest = "SELECT max(id) FROM own_id_generation WHERE started_at >= ?1";
+    let recent: Option<u32> = connection.query_row(newest, [now_ms - ADOPTED_MS], |row| row.get(0))?;
+    let generation = match recent {
+        Some(generation) => generation,
+        None => {
+            let next = "SELECT coalesce(max(id), 0) + 1 FROM own_id_generation";
+            let next = connection.query_row(next, [], |row| row.get(0))?;
+            connection.prepare_cached(super::schema::INSERT_GENERATION)?.execute((next, now_ms))?;
+            next
+        }
+    };
+    let insert = "INSERT INTO own_id (generation, hash, at) VALUES (?1, ?2, ?3)
+        ON CONFLICT (generation, hash) DO UPDATE SET at = max(at, excluded.at)";
+    let mut insert = connection.prepare_cached(insert)?;
+    ids.iter().try_for_each(|id| insert.execute((generation, &id.hash[..], id.at_ms)).map(|_| ()))
 }
 
 /// Deletes up to `limit` ids of a generation. Returns whether there are more.

@@ -6,6 +6,7 @@
 //! - `core`: all queues under one lock, and every operation on them.
 //! - `window`: what changed since the last commit, net, and how it is written. `commit` makes transactions of it.
 //! - `consumer`, `pull`, `dead`: the three ways to read; `publish` the one to write, with `dedup` for own ids.
+//! - `stock` is what lies in the file when no broker is open on it: for moving to another broker and back.
 //! - `load` reads the front of deep queues back; `timer` ends leases and delays; `schema` has the tables.
 //!
 //! # How it stays ahead of the disk
@@ -38,6 +39,7 @@ mod publish;
 mod pull;
 mod queue;
 mod schema;
+mod stock;
 #[cfg(test)]
 mod tests;
 mod timer;
@@ -55,6 +57,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 use self::core::{Core, Report};
 use self::queue::QueueState;
 use self::schema::StoredName;
+pub use self::stock::EmbeddedStock;
 use self::window::broker_error;
 use crate::broker::{
     Broker, BrokerError, BrokerErrorKind, Consumer, DeadPage, Depths, Health, Published, PullMode, PullOutcome, Pulled,

@@ -50,6 +50,7 @@ const TABLES: &str = "
         reason TEXT NOT NULL,
         attempts INTEGER NOT NULL,
         died_at INTEGER NOT NULL,
+        id TEXT,                    -- the id that it came with from another broker; NULL: made of its position
         PRIMARY KEY (queue, pos)
     ) WITHOUT ROWID;
     CREATE TABLE own_id (
@@ -75,6 +76,7 @@ pub(super) const UPDATE_ENTRY: &str =
     "UPDATE entry SET deliveries = ?3, attempts = ?4, due = ?5 WHERE queue = ?1 AND pos = ?2";
 pub(super) const INSERT_DEAD: &str =
     "INSERT INTO dead (queue, pos, body, origin, reason, attempts, died_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+pub(super) const INSERT_DEAD_WITH_ID: &str = "INSERT INTO dead (queue, pos, body, origin, reason, attempts, died_at, id) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
 pub(super) const DELETE_DEAD: &str = "DELETE FROM dead WHERE queue = ?1 AND pos = ?2";
 pub(super) const CHANGE_REFS: &str = "INSERT INTO body_refs (id, refs) VALUES (?1, ?2)
     ON CONFLICT (id) DO UPDATE SET refs = refs + excluded.refs RETURNING refs";
@@ -95,7 +97,7 @@ pub(super) const DUE: &str = "SELECT e.queue, e.pos, e.body, e.at, e.deliveries,
     WHERE e.due IS NOT NULL AND e.due <= ?1 ORDER BY e.due LIMIT ?2";
 pub(super) const NEXT_DUE: &str = "SELECT min(due) FROM entry WHERE due IS NOT NULL AND due > ?1";
 pub(super) const DEAD_PAGE: &str =
-    "SELECT d.pos, d.body, d.origin, d.reason, d.attempts, d.died_at, b.head, b.data, r.id IS NOT NULL
+    "SELECT d.pos, d.body, d.origin, d.reason, d.attempts, d.died_at, b.head, b.data, r.id IS NOT NULL, d.id
     FROM dead d JOIN body b ON b.id = d.body LEFT JOIN body_refs r ON r.id = d.body
     WHERE d.queue = ?1 AND d.pos > ?2 ORDER BY d.pos LIMIT ?3";
 pub(super) const DEAD_ROWS: &str = "SELECT d.pos, d.body, d.origin, r.id IS NOT NULL
@@ -103,6 +105,10 @@ pub(super) const DEAD_ROWS: &str = "SELECT d.pos, d.body, d.origin, r.id IS NOT 
     WHERE d.queue = ?1 AND d.pos < ?2 AND d.died_at < ?3 ORDER BY d.pos LIMIT ?4";
 pub(super) const DEAD_ROW: &str = "SELECT d.pos, d.body, d.origin, r.id IS NOT NULL
     FROM dead d LEFT JOIN body_refs r ON r.id = d.body WHERE d.queue = ?1 AND d.pos = ?2";
+pub(super) const DEAD_BY_ID: &str = "SELECT pos FROM dead WHERE id = ?2 AND queue = ?1";
+
+/// Ids that dead letters came with from another broker.
+const DEAD_IDS: &str = "CREATE INDEX IF NOT EXISTS dead_id ON dead (id) WHERE id IS NOT NULL";
 
 /// A queue as it was found at the opening.
 pub(super) struct StoredQueue {
@@ -139,6 +145,12 @@ pub(super) fn create(connection: &Connection) -> rusqlite::Result<u32> {
         connection.execute_batch(TABLES)?;
         connection.execute("INSERT INTO broker_meta (version, next_number) VALUES (?1, 1)", [VERSION])?;
     }
+    // A column that earlier programs do not miss, so the version stays.
+    let has_ids = "SELECT count(*) FROM pragma_table_info('dead') WHERE name = 'id'";
+    if connection.query_row(has_ids, [], |row| row.get::<_, u32>(0))? == 0 {
+        connection.execute_batch("ALTER TABLE dead ADD COLUMN id TEXT")?;
+    }
+    connection.execute_batch(DEAD_IDS)?;
     connection.query_row("SELECT version FROM broker_meta", [], |row| row.get(0))
 }
 
