@@ -46,9 +46,7 @@ impl Migrate {
         match moved {
             Some(Ok(summary)) => say(context, &plan, &summary),
             Some(Err(error)) => Err(CliError::failed(error.to_string())),
-            None => {
-                Err(CliError::failed("interrupted; nothing is lost: run the same command again to go on"))
-            }
+            None => Err(CliError::failed("interrupted; nothing is lost: run the same command again to go on")),
         }
     }
 
@@ -80,8 +78,9 @@ impl Migrate {
 /// Reads a broker argument. It is not repeated in an error: it may hold a password.
 fn broker(text: &str, option: &str) -> Result<BrokerChoice, CliError> {
     let text = super::context::from_file_if_asked(text, option)?;
-    BrokerChoice::parse(&text)
-        .ok_or_else(|| CliError::usage(format!("{option} must be `embedded`, or a URL that begins with amqp:// or amqps://")))
+    BrokerChoice::parse(&text).ok_or_else(|| {
+        CliError::usage(format!("{option} must be `embedded`, or a URL that begins with amqp:// or amqps://"))
+    })
 }
 
 /// Tells how far it is: a bar on a terminal, lines otherwise, JSON lines for programs.

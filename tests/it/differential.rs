@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use backbone::broker::{Queue, Target};
+use backbone::broker::{PullMode, Queue, Target};
 use backbone::client::ClientId;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
@@ -74,7 +74,9 @@ fn script(seed: u64) -> Vec<Act> {
     let mut there: Vec<String> = Vec::new();
     for round in 0..ROUNDS {
         let names: Vec<String> = (0..CLIENTS).map(|n| format!("client-{n}")).collect();
-        if let Some(name) = names.iter().find(|name| !there.contains(name)).filter(|_| round < CLIENTS || round % 3 == 0) {
+        if let Some(name) =
+            names.iter().find(|name| !there.contains(name)).filter(|_| round < CLIENTS || round % 3 == 0)
+        {
             acts.push(Act::Create(name.clone(), patterns(&mut random)));
             there.push(name.clone());
         }
@@ -149,8 +151,9 @@ async fn play(env: &BrokerEnv, acts: &[Act]) -> Inboxes {
 /// Topic and body of everything in an inbox, in order.
 async fn drained(env: &BrokerEnv, id: &ClientId) -> Vec<String> {
     let depth = env.depths(id).await.inbox;
-    let all = env.drain(id).await;
-    assert_eq!(all.len() as u64, depth, "{id} counts what it has");
+    let all = env.pull_exactly(id, usize::try_from(depth).expect("fits"), PullMode::Auto).await;
+    let more = env.drain(id).await;
+    assert!(more.is_empty(), "{id} counts {depth} messages and has {} more", more.len());
     let line = |pulled: &backbone::broker::Pulled| {
         let topic = pulled.message.topic.as_ref().map_or("everyone", |topic| topic.as_str());
         format!("{topic} {}", String::from_utf8_lossy(pulled.message.body()))

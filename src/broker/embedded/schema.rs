@@ -76,8 +76,7 @@ pub(super) const UPDATE_ENTRY: &str =
     "UPDATE entry SET deliveries = ?3, attempts = ?4, due = ?5 WHERE queue = ?1 AND pos = ?2";
 pub(super) const INSERT_DEAD: &str =
     "INSERT INTO dead (queue, pos, body, origin, reason, attempts, died_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
-pub(super) const INSERT_DEAD_WITH_ID: &str =
-    "INSERT INTO dead (queue, pos, body, origin, reason, attempts, died_at, id) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
+pub(super) const INSERT_DEAD_WITH_ID: &str = "INSERT INTO dead (queue, pos, body, origin, reason, attempts, died_at, id) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
 pub(super) const DELETE_DEAD: &str = "DELETE FROM dead WHERE queue = ?1 AND pos = ?2";
 pub(super) const CHANGE_REFS: &str = "INSERT INTO body_refs (id, refs) VALUES (?1, ?2)
     ON CONFLICT (id) DO UPDATE SET refs = refs + excluded.refs RETURNING refs";

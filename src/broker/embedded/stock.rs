@@ -484,8 +484,7 @@ impl Stock for EmbeddedStock {
             let mut select = connection.prepare(
                 "SELECT client FROM queue WHERE client IS NOT NULL GROUP BY client HAVING sum(depth) + sum(dead) = 0",
             )?;
-            let names: Vec<String> =
-                select.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
+            let names: Vec<String> = select.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
             names.iter().filter(|name| !known.contains(*name)).try_for_each(|name| mark_deleted(connection, name))
         };
         self.db.write(forget).await.map_err(fail(action))?;
