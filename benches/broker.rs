@@ -1,7 +1,9 @@
-//! What the embedded broker itself does, without HTTP and actors: durable publish, forward, route, pull.
+//! What a broker itself does, without HTTP and actors: durable publish, forward, route, pull.
 //!
-//! `cargo bench --bench broker` prints messages a second. Every figure is of 1 KiB messages with fsync on, through
-//! outbox, `soar-publish` and the topic exchange into inboxes. Not a test: it asserts only that everything arrived.
+//! `cargo bench --bench broker` prints messages a second of the embedded broker; with `-- --broker amqp://…`, and
+//! `--queue-type classic` if it is not to be quorum, of RabbitMQ, on which nothing is left behind. Every figure is of
+//! 1 KiB messages, durable, through outbox, `soar-publish` and the topic exchange into inboxes. Not a test: it asserts
+//! only that everything arrived.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 #![allow(clippy::disallowed_methods, reason = "a bench is told by the environment how long to run")]
@@ -9,8 +11,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backbone::broker::{Broker, Outcome, PullMode, Queue, Target, embedded, settle};
+use backbone::broker::{Broker, Health, Outcome, PullMode, Queue, Target, amqp, embedded, settle};
 use backbone::client::{ClientId, Limits};
+use backbone::config::QueueType;
 use backbone::db::Db;
 use backbone::envelope::{Draft, Message};
 use backbone::time::Timestamp;
@@ -19,6 +22,47 @@ use backbone::topic::{Pattern, Topic};
 fn message(sender: &ClientId, body: &serde_json::value::RawValue, topic: &Topic) -> Message {
     let draft = Draft { id: None, topic: Some(topic.clone()), message: body, traceparent: None };
     Message::accept(sender, draft, Timestamp::now())
+}
+
+/// What is measured.
+#[derive(Clone)]
+enum Subject {
+    Embedded,
+    RabbitMq { url: String, queue_type: QueueType },
+}
+
+impl Subject {
+    /// From the arguments; cargo adds some of its own.
+    fn from_arguments() -> Self {
+        let arguments: Vec<String> = std::env::args().collect();
+        let after = |name: &str| arguments.iter().skip_while(|argument| *argument != name).nth(1).cloned();
+        match after("--broker").filter(|broker| broker != "embedded") {
+            None => Self::Embedded,
+            Some(url) => {
+                let is_classic = after("--queue-type").is_some_and(|kind| kind == "classic");
+                Self::RabbitMq { url, queue_type: if is_classic { QueueType::Classic } else { QueueType::Quorum } }
+            }
+        }
+    }
+
+    async fn open(&self, db: &Db) -> Arc<dyn Broker> {
+        let dedup_window = Duration::from_secs(600);
+        let telemetry = backbone::telemetry::new(0);
+        match self {
+            Self::Embedded => embedded::open(db.clone(), embedded::Options { dedup_window }, telemetry).await.unwrap(),
+            Self::RabbitMq { url, queue_type } => {
+                let (url, queue_type) = (url.clone(), *queue_type);
+                let options = amqp::Options { url, queue_type, management_url: None, dedup_window };
+                let broker = amqp::connect(options, db.clone(), telemetry).await.unwrap();
+                let deadline = Instant::now() + Duration::from_secs(30);
+                while broker.health() != Health::Ready {
+                    assert!(Instant::now() < deadline, "no connection: {:?}", broker.health());
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                broker
+            }
+        }
+    }
 }
 
 async fn forward(broker: Arc<dyn Broker>, queue: Queue, target: Target) {
@@ -32,17 +76,11 @@ async fn forward(broker: Arc<dyn Broker>, queue: Queue, target: Target) {
     }
 }
 
-fn run(name: &str, inboxes: usize, publishers: usize, batch: usize, seconds: u64) {
+fn run(subject: &Subject, name: &str, inboxes: usize, publishers: usize, batch: usize, seconds: u64) {
     let directory = tempfile::tempdir_in(".").unwrap();
     let db = Db::open(&directory.path().join("backbone.db")).unwrap();
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let broker = runtime()
-        .block_on(embedded::open(
-            db.clone(),
-            embedded::Options { dedup_window: Duration::from_secs(600) },
-            backbone::telemetry::new(0),
-        ))
-        .unwrap();
+    let broker = runtime().block_on(subject.open(&db));
     let sender = ClientId::parse("sender").unwrap();
     let topic = Topic::parse("soar.noc.slocum.unit-397").unwrap();
     runtime().block_on(async {
@@ -118,7 +156,13 @@ fn run(name: &str, inboxes: usize, publishers: usize, batch: usize, seconds: u64
         sent as f64 / elapsed,
         received as f64 / elapsed
     );
-    runtime().block_on(broker.close());
+    runtime().block_on(async {
+        let receivers = (0..inboxes).map(|n| ClientId::parse(&format!("r{n}")).unwrap());
+        for client in receivers.chain([ClientId::parse("sender").unwrap()]) {
+            broker.delete_client(&client).await.unwrap();
+        }
+        broker.close().await;
+    });
     pipelines.join().unwrap();
     drop(broker);
     db.close();
@@ -182,10 +226,11 @@ fn deep(count: usize) {
 
 fn main() {
     let seconds = std::env::var("SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3);
-    if seconds >= 3 {
+    let subject = Subject::from_arguments();
+    if seconds >= 3 && matches!(subject, Subject::Embedded) {
         deep(1_000_000);
     }
-    run("64 publishers, single", 1, 64, 1, seconds);
-    run("8 publishers, batches of 100", 1, 8, 100, seconds);
-    run("fan-out to 100 inboxes", 100, 4, 10, seconds);
+    run(&subject, "64 publishers, single", 1, 64, 1, seconds);
+    run(&subject, "8 publishers, batches of 100", 1, 8, 100, seconds);
+    run(&subject, "fan-out to 100 inboxes", 100, 4, 10, seconds);
 }

@@ -63,6 +63,7 @@ cat <<TEXT
 
 The backbone:   http://$address:3000   (API documentation at /docs)
 RabbitMQ:       amqp://$address:5672, management at http://$address:15672
+                (clients log in with their id and secret; see docs/contract.md, section 6)
 Admin token:    $data_dir/admin-token
 Clients:        deploy/run-compose.sh exec backbone /usr/local/bin/backbone client list
 Logs:           deploy/run-compose.sh logs --follow

@@ -3,7 +3,7 @@
 # Does nothing, and needs no network, when everything is there. Leaves no service running.
 #
 # Needed besides a Rust toolchain: a C compiler (SQLite is compiled in), RabbitMQ (private nodes of the tests), Chromium
-# with its driver (the console's tests), Python (AMQP and webhook peers, and scripts/check-deps).
+# with its driver (the console's tests), promtool (metrics and alert rules), Python (AMQP and webhook peers, and scripts/check-deps).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 built=${CARGO_TARGET_DIR:-target}
@@ -28,6 +28,7 @@ missing_packages() {
     [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || echo rabbitmq-server
     command -v chromium >/dev/null || echo chromium
     command -v chromedriver >/dev/null || echo chromium-driver
+    command -v promtool >/dev/null || echo prometheus
     python >/dev/null || echo python3 python3-venv
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
 }

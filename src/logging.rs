@@ -3,8 +3,10 @@
 use std::sync::Once;
 
 /// What is put before the configured filter: these crates tell at `info` what is not worth waking up for. The filter
-/// itself comes later and so can ask for them again.
-const QUIET: &str = "lapin=warn,actix_server=warn,actix_http=warn,hyper=warn,reqwest=warn,rustls=warn,tracing=warn";
+/// itself comes later and so can ask for them again. A caller that does not speak HTTP is an error of its own, which it
+/// must not be able to fill the log with.
+const QUIET: &str = "lapin=warn,actix_server=warn,actix_http=warn,actix_http::h1::dispatcher=off,hyper=warn,\
+                     reqwest=warn,rustls=warn,tracing=warn";
 
 static PANIC_HOOK: Once = Once::new();
 

@@ -64,6 +64,38 @@ impl std::fmt::Debug for SecretHash {
     }
 }
 
+/// A secret as a broker with users of its own keeps it: four bytes of salt, and SHA-256 of salt and secret. That is what
+/// RabbitMQ takes for a password (<https://www.rabbitmq.com/docs/passwords>). Kept for every client, so that it can be
+/// given a user at a broker that comes later, or that has lost its users, although nobody knows the secret any more.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaltedHash {
+    salt: [u8; 4],
+    hash: [u8; 32],
+}
+
+impl SaltedHash {
+    /// Hashes a secret with a fresh salt.
+    pub fn of(secret: &str) -> Self {
+        let salt: [u8; 4] = rand::random();
+        let mut digest = Sha256::new();
+        digest.update(salt);
+        digest.update(secret);
+        Self { salt, hash: digest.finalize().into() }
+    }
+
+    /// Salt and hash, one behind the other, in base64.
+    pub fn to_base64(self) -> String {
+        use base64::Engine as _;
+        base64::engine::general_purpose::STANDARD.encode([&self.salt[..], &self.hash].concat())
+    }
+}
+
+impl std::fmt::Debug for SaltedHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SaltedHash(…)")
+    }
+}
+
 /// The secrets that are valid: the current one and, during a rotation's overlap, the one before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SecretSlots {
@@ -71,17 +103,25 @@ pub struct SecretSlots {
     pub current: SecretHash,
     /// The one before, until when.
     pub previous: Option<(SecretHash, i64)>,
+    /// The newest, for a broker with users of its own. `None` for a client that an earlier version made, until its next
+    /// rotation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broker_password: Option<SaltedHash>,
 }
 
 impl SecretSlots {
     /// Slots with one secret.
     pub fn new(secret: &Secret) -> Self {
-        Self { current: SecretHash::of(secret.reveal()), previous: None }
+        Self {
+            current: SecretHash::of(secret.reveal()),
+            previous: None,
+            broker_password: Some(SaltedHash::of(secret.reveal())),
+        }
     }
 
     /// Slots for a client that does not exist: [`SecretSlots::verify`] refuses everything in the same time.
     pub const fn nobody() -> Self {
-        Self { current: SecretHash::nobody(), previous: None }
+        Self { current: SecretHash::nobody(), previous: None, broker_password: None }
     }
 
     /// A new current secret; the one before stays valid until `previous_valid_until`.
@@ -90,6 +130,7 @@ impl SecretSlots {
         Self {
             current: SecretHash::of(secret.reveal()),
             previous: Some((self.current, previous_valid_until.as_millis())),
+            broker_password: Some(SaltedHash::of(secret.reveal())),
         }
     }
 
@@ -214,6 +255,28 @@ mod tests {
         assert!(!slots.verify(old.reveal(), Timestamp::from_millis(1000)));
         assert!(!slots.verify("", Timestamp::from_millis(0)));
         assert!(!SecretSlots::nobody().verify("", Timestamp::from_millis(0)));
+    }
+
+    #[test]
+    fn a_salted_hash_is_checked_as_rabbitmq_does() {
+        use base64::Engine as _;
+        let (one, two) = (SaltedHash::of("secret"), SaltedHash::of("secret"));
+        assert_ne!(one.to_base64(), two.to_base64());
+        let bytes = base64::engine::general_purpose::STANDARD.decode(one.to_base64()).expect("base64");
+        let mut digest = Sha256::new();
+        digest.update(&bytes[..4]);
+        digest.update("secret");
+        assert_eq!(bytes[4..], digest.finalize()[..]);
+    }
+
+    #[test]
+    fn slots_of_an_earlier_version_are_read() {
+        let slots = SecretSlots::new(&Secret::generate());
+        let mut json = serde_json::to_value(slots).expect("serialises");
+        assert_eq!(serde_json::from_value::<SecretSlots>(json.clone()).expect("reads"), slots);
+        json.as_object_mut().expect("an object").remove("broker_password");
+        let earlier: SecretSlots = serde_json::from_value(json).expect("reads");
+        assert_eq!(earlier, SecretSlots { broker_password: None, ..slots });
     }
 
     #[test]

@@ -32,10 +32,10 @@ impl Stage for Broadcast {
 
     fn decide(&self, delivery: &Delivery) -> Outcome {
         match &delivery.payload {
-            Payload::Message(message) => Outcome::Forward(Target::Broadcast, Arc::clone(message)),
-            Payload::Foreign(foreign) => {
-                admit(foreign, &self.client, Kind::Broadcast, self.max_message_bytes, Target::Broadcast)
+            Payload::Message(message) if message.sender == self.client => {
+                Outcome::Forward(Target::Broadcast, Arc::clone(message))
             }
+            other => admit(other, &self.client, Kind::Broadcast, self.max_message_bytes, Target::Broadcast),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! What an AMQP client put into the outbox is read here, and becomes a message of the outbox's owner or a dead letter.
 //! Messages, state, crash and order: see [`pipeline`](super::pipeline).
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::pipeline::{Pipeline, Stage};
@@ -33,17 +34,28 @@ impl Stage for Forward {
 
     fn decide(&self, delivery: &Delivery) -> Outcome {
         match &delivery.payload {
-            Payload::Message(message) => Outcome::Forward(Target::Publish, Arc::clone(message)),
-            Payload::Foreign(foreign) => {
-                admit(foreign, &self.client, Kind::Topic, self.max_message_bytes, Target::Publish)
+            Payload::Message(message) if message.sender == self.client => {
+                Outcome::Forward(Target::Publish, Arc::clone(message))
             }
+            other => admit(other, &self.client, Kind::Topic, self.max_message_bytes, Target::Publish),
         }
     }
 }
 
-/// A foreign publish as a message on its way, or as a dead letter of the queue's owner.
-pub(super) fn admit(foreign: &Foreign, owner: &ClientId, kind: Kind, max_bytes: usize, target: Target) -> Outcome {
-    match intake::parse_foreign(foreign, owner, kind, max_bytes, Timestamp::now()) {
+/// What was not put there by the backbone, as a message of the queue's owner on its way, or as a dead letter of it.
+///
+/// That may be an envelope with all the marks of the backbone's own: an AMQP client that logs in as the backbone's user
+/// takes it from an inbox and puts it into an outbox as it is. It is then the outbox's owner who says it.
+pub(super) fn admit(payload: &Payload, owner: &ClientId, kind: Kind, max_bytes: usize, target: Target) -> Outcome {
+    let foreign = match payload {
+        Payload::Foreign(foreign) => Cow::Borrowed(foreign),
+        Payload::Message(message) => Cow::Owned(Foreign {
+            body: message.envelope.clone(),
+            message_id: None,
+            traceparent: message.traceparent.as_deref().map(Into::into),
+        }),
+    };
+    match intake::parse_foreign(&foreign, owner, kind, max_bytes, Timestamp::now()) {
         Ok(message) => Outcome::Forward(target, Arc::new(message)),
         Err(error) => {
             log::debug!("{owner} sent by AMQP what cannot be read: {error}");
@@ -55,9 +67,11 @@ pub(super) fn admit(foreign: &Foreign, owner: &ClientId, kind: Kind, max_bytes: 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::envelope::{Draft, Message};
+    use crate::topic::Topic;
 
     fn admitted(body: &'static str) -> Outcome {
-        let foreign = Foreign { body: body.into(), message_id: None, traceparent: None };
+        let foreign = Payload::Foreign(Foreign { body: body.into(), message_id: None, traceparent: None });
         let owner = ClientId::parse("noc-c2").expect("test id");
         admit(&foreign, &owner, Kind::Topic, 100, Target::Publish)
     }
@@ -66,6 +80,23 @@ mod tests {
     fn a_foreign_message_is_forwarded_as_its_queues_owners() {
         match admitted(r#"{"topic":"a.b","message":1}"#) {
             Outcome::Forward(Target::Publish, message) => assert_eq!(message.sender.as_str(), "noc-c2"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn another_senders_envelope_is_said_anew_by_the_queues_owner() {
+        let other = ClientId::parse("other").expect("test id");
+        let raw = serde_json::from_str("[1.0]").expect("JSON");
+        let draft =
+            Draft { id: None, topic: Some(Topic::parse("a.b").expect("a topic")), message: raw, traceparent: None };
+        let message = Message::accept(&other, draft, Timestamp::now());
+        let owner = ClientId::parse("noc-c2").expect("test id");
+        let (id, payload) = (message.id.clone(), Payload::Message(Arc::new(message)));
+        match admit(&payload, &owner, Kind::Topic, 100, Target::Publish) {
+            Outcome::Forward(Target::Publish, said) => {
+                assert_eq!((said.sender.as_str(), &said.id, said.body()), ("noc-c2", &id, &b"[1.0]"[..]));
+            }
             other => panic!("{other:?}"),
         }
     }

@@ -1,11 +1,13 @@
 //! The pipeline: what forwarder, broadcaster and publisher have in common.
 //!
-//! Consumes one queue in batches, lets its [`Stage`] decide each delivery, and settles the batch before it looks at the
-//! next, so that order holds. Receives [`Control`]; tells the registry when it is at work and when it waits.
+//! Consumes one queue in batches, lets its [`Stage`] decide each delivery, and settles batch after batch in the order in
+//! which they came, so that order holds. It does not wait for one batch to be durable at its target before it hands over
+//! the next: how much is under way is bounded by the prefetch. Receives [`Control`]; tells the registry when it is at
+//! work and when it waits.
 //!
 //! A crash loses nothing: unsettled deliveries go back to their queue. A batch that cannot be settled (the broker is
-//! away, or blocked) ends the consumer, so that all that was prefetched goes back as well and comes again in order;
-//! the queue is consumed anew after a backoff.
+//! away, or blocked) ends the consumer, so that all that was prefetched and not handed over goes back as well and comes
+//! again in order; the queue is consumed anew after a backoff.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -13,7 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use actix::prelude::*;
-use futures_util::stream;
+use futures_util::{FutureExt as _, stream};
+use tokio::sync::Notify;
 
 use super::{ChildNews, Control, Identity, Shared, supervision};
 use crate::broker::{self, BrokerError, BrokerErrorKind, Consumer, Delivery, Outcome, Queue};
@@ -45,8 +48,29 @@ pub(super) struct Pipeline<S> {
     identity: Identity,
     /// Failures since a batch was last settled.
     failures: u32,
-    /// Ends the present consumer's stream before its next batch.
-    give_up: Rc<Cell<bool>>,
+    /// Ends the present consumer's stream.
+    give_up: Rc<GiveUp>,
+}
+
+/// Whether a consumer is given up.
+#[derive(Default)]
+struct GiveUp {
+    is_set: Cell<bool>,
+    changed: Notify,
+}
+
+impl GiveUp {
+    fn set(&self) {
+        self.is_set.set(true);
+        self.changed.notify_one();
+    }
+
+    /// Resolves once it is set. One at a time may wait.
+    async fn wait(&self) {
+        while !self.is_set.get() {
+            self.changed.notified().await;
+        }
+    }
 }
 
 impl<S: Stage> Pipeline<S> {
@@ -71,15 +95,14 @@ impl<S: Stage> Pipeline<S> {
 
     fn attach(&mut self, consumer: Consumer, ctx: &mut Context<Self>) {
         self.give_up = Rc::default();
-        let give_up = Rc::clone(&self.give_up);
-        let batches = stream::unfold(consumer, move |mut consumer| {
-            let give_up = give_up.get();
-            async move {
-                if give_up {
-                    return None;
-                }
-                consumer.next(BATCH_MAX).await.map(|batch| (Batch(batch), consumer))
-            }
+        let state = (consumer, Rc::clone(&self.give_up));
+        let batches = stream::unfold(state, |(mut consumer, give_up)| async move {
+            let batch = tokio::select! {
+                biased;
+                () = give_up.wait() => None,
+                batch = consumer.next(BATCH_MAX) => batch,
+            };
+            batch.map(|batch| (Batch(batch), (consumer, give_up)))
         });
         ctx.add_stream(batches);
         self.shared.report_ready(&self.identity);
@@ -92,8 +115,11 @@ impl<S: Stage> Pipeline<S> {
         ctx.run_later(wait, |this, ctx| this.connect(ctx));
     }
 
-    fn settled(&mut self, result: Result<(), BrokerError>) {
+    /// A batch was settled, or could not be. `consumer` is the one that it came from.
+    fn settled(&mut self, result: Result<(), BrokerError>, consumer: &GiveUp) {
         match result {
+            // What became of the others that were under way with a failed batch says nothing new.
+            _ if consumer.is_set.get() => {}
             Ok(()) if self.failures == 0 => {}
             Ok(()) => {
                 log::info!("{} is at work again", self.identity);
@@ -101,7 +127,7 @@ impl<S: Stage> Pipeline<S> {
             }
             Err(error) => {
                 self.log_failure("settle", &error);
-                self.give_up.set(true);
+                consumer.set();
             }
         }
     }
@@ -147,6 +173,10 @@ struct Batch(Vec<Delivery>);
 
 impl<S: Stage> StreamHandler<Batch> for Pipeline<S> {
     fn handle(&mut self, Batch(deliveries): Batch, ctx: &mut Self::Context) {
+        if self.give_up.is_set.get() {
+            // Dropped, they go back: nothing overtakes the batch that could not be settled.
+            return;
+        }
         let outcomes = deliveries
             .into_iter()
             .map(|delivery| {
@@ -154,9 +184,16 @@ impl<S: Stage> StreamHandler<Batch> for Pipeline<S> {
                 (delivery, outcome)
             })
             .collect();
-        // While this waits, neither the stream nor the mailbox is looked at: the next batch follows in order, and a
-        // stop comes after what was begun.
-        ctx.wait(broker::settle(outcomes).into_actor(self).map(|result, this, _| this.settled(result)));
+        // Polled here for the first time, which puts the batch in line behind those before it; actix polls what it is
+        // given in no particular order.
+        let mut settling = Box::pin(broker::settle(outcomes));
+        let consumer = Rc::clone(&self.give_up);
+        match settling.as_mut().now_or_never() {
+            Some(result) => self.settled(result, &consumer),
+            None => {
+                ctx.spawn(settling.into_actor(self).map(move |result, this, _| this.settled(result, &consumer)));
+            }
+        }
     }
 
     /// The queue was deleted, the broker closed, or a batch could not be settled.

@@ -51,6 +51,7 @@ use serde::Serialize;
 
 use crate::client::{ClientId, Limits};
 use crate::envelope::{Message, SharedMessage};
+use crate::secret::SaltedHash;
 use crate::time::Timestamp;
 use crate::topic::Pattern;
 
@@ -200,7 +201,8 @@ pub struct Settlement {
 /// The side of a consumer that settles; a broker implements it once per consumer.
 #[async_trait]
 pub trait Settle: Send + Sync {
-    /// Settles deliveries of this consumer by their tags, in order. Resolves when [`Outcome::Forward`]ed,
+    /// Settles deliveries of this consumer by their tags, in order; calls that overlap, in the order in which they were
+    /// first polled. Resolves when [`Outcome::Forward`]ed,
     /// [`Outcome::Delay`]ed and [`Outcome::Dead`] ones are as safe as they were before (G2); completions may become
     /// durable later. On an error the unsettled ones come back by themselves.
     async fn settle(&self, settlements: Vec<Settlement>) -> Result<(), BrokerError>;
@@ -413,6 +415,17 @@ pub trait Broker: Send + Sync + 'static {
 
     /// Deletes the client's queues with all that they hold (G13).
     async fn delete_client(&self, client: &ClientId) -> Result<(), BrokerError>;
+
+    /// Lets the client log in at the broker itself with the secret that this is the hash of, and from now on with no
+    /// other, where the broker has users of its own (RabbitMQ, when its management API is known). Elsewhere nothing is
+    /// to be done. [`Broker::delete_client`] takes the user away.
+    async fn set_password(&self, _client: &ClientId, _password: &SaltedHash) -> Result<(), BrokerError> {
+        Ok(())
+    }
+
+    /// At the start: the passwords of all clients that there are. Users that are missing or differ are made in the
+    /// background, now and whenever the broker has lost them; those of clients that are gone are deleted.
+    fn expect_passwords(&self, _passwords: Vec<(ClientId, SaltedHash)>) {}
 
     /// Appends messages to a queue, all or none (G1, G5). Messages of one call keep their order (G3).
     async fn publish(&self, queue: &Queue, messages: Vec<Message>) -> Result<Published, BrokerError>;

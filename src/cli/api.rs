@@ -9,12 +9,16 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::error::CliError;
+use crate::websocket::{ConnectError, WebSocket};
 
 /// How long a connection may take to open.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a call may take, unless it waits by design. Deleting a client first forwards what its queues hold.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long the handshake of a WebSocket may take.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Waits before a repeated call, when the answer names none: doubling from the first to the second.
 const BACKOFF_FIRST: Duration = Duration::from_millis(250);
@@ -190,23 +194,45 @@ impl Api {
             url.query_pairs_mut().extend_pairs(&call.query);
         }
         let mut request = self.http.request(call.method.clone(), url).timeout(call.timeout);
-        request = match &call.who {
-            Who::Anyone => request,
-            Who::Admin(token) => request.bearer_auth(token),
-            Who::Client { id, secret } => request.basic_auth(id, Some(secret)),
-        };
+        request = with_credentials(request, &call.who);
         if let Some((content_type, body)) = &call.body {
             request = request.header(reqwest::header::CONTENT_TYPE, *content_type).body(body.clone());
         }
         let response = request.send().await.map_err(|error| self.no_answer(&error))?;
+        if !response.status().is_success() {
+            return Err(self.refusal(response, &call.who, call.path.first().map_or("", String::as_str)).await);
+        }
+        response.bytes().await.map_err(|error| self.no_answer(&error))
+    }
+
+    /// Opens a client's WebSocket.
+    ///
+    /// # Errors
+    /// [`Failure`], as for a call.
+    pub(crate) async fn websocket(&self, who: &Who) -> Result<WebSocket, Failure> {
+        let mut url = self.base.clone();
+        if let Ok(mut path) = url.path_segments_mut() {
+            path.pop_if_empty().push("ws");
+        }
+        let request = with_credentials(self.http.get(url), who);
+        match tokio::time::timeout(HANDSHAKE_TIMEOUT, WebSocket::connect(request)).await {
+            Ok(Ok(socket)) => Ok(socket),
+            Ok(Err(ConnectError::Unreachable(error))) => Err(self.no_answer(&error)),
+            Ok(Err(ConnectError::Refused(answer))) => Err(self.refusal(*answer, who, "ws").await),
+            Ok(Err(error @ ConnectError::NotAWebSocket(_))) => Err(Failure::Broken(format!("{}: {error}", self.base))),
+            Err(_) => Err(Failure::Broken(format!("{} did not answer in time", self.base))),
+        }
+    }
+
+    async fn refusal(&self, response: reqwest::Response, who: &Who, resource: &str) -> Failure {
         let status = response.status();
         let retry_after = response.headers().get(reqwest::header::RETRY_AFTER).and_then(|value| {
             value.to_str().ok()?.trim().parse().ok().map(|seconds| Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
         });
-        let body = response.bytes().await.map_err(|error| self.no_answer(&error))?;
-        if status.is_success() {
-            return Ok(body);
-        }
+        let body = match response.bytes().await {
+            Ok(body) => body,
+            Err(error) => return self.no_answer(&error),
+        };
         // What is no problem document did not come from a backbone; say so, rather than show a web page.
         let mut problem: Problem = serde_json::from_slice(&body).unwrap_or_else(|_| Problem {
             detail: format!("{} answered {status}, and not as a backbone does", self.base),
@@ -216,9 +242,9 @@ impl Api {
         problem.status = status.as_u16();
         problem.retry_after = retry_after;
         if problem.hint.is_empty() {
-            problem.hint = hint(&problem, &call.who, call.path.first().map_or("", String::as_str));
+            problem.hint = hint(&problem, who, resource);
         }
-        Err(Failure::Refused(Box::new(problem)))
+        Failure::Refused(Box::new(problem))
     }
 
     /// Makes a call and reads its answer.
@@ -292,7 +318,21 @@ pub(crate) fn wait_before(tried: u32, failure: &Failure) -> Duration {
     }
 }
 
+fn with_credentials(request: reqwest::RequestBuilder, who: &Who) -> reqwest::RequestBuilder {
+    match who {
+        Who::Anyone => request,
+        Who::Admin(token) => request.bearer_auth(token),
+        Who::Client { id, secret } => request.basic_auth(id, Some(secret)),
+    }
+}
+
 impl Failure {
+    /// A refusal that a client was told otherwise than by the answer to a call.
+    pub(crate) fn of_a_client(mut problem: Problem) -> Self {
+        problem.hint = hint(&problem, &Who::Anyone, "ws");
+        Self::Refused(Box::new(problem))
+    }
+
     /// Whether it is this refusal.
     pub(crate) fn is(&self, code: &str) -> bool {
         matches!(self, Self::Refused(problem) if problem.code == code)
@@ -363,6 +403,9 @@ fn hint(problem: &Problem, who: &Who, resource: &str) -> String {
         "webhook_configured" => {
             "its messages go to its webhook; `backbone client update ID --disable-webhook` lets it read them here"
                 .into()
+        }
+        "not_found" if resource == "clients" && problem.detail.contains("no webhook") => {
+            "`backbone client update ID --webhook URL` sets one".into()
         }
         "not_found" if resource == "clients" => "`backbone client list` shows the clients there are".into(),
         "not_found" if resource == "messages" => {

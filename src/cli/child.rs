@@ -201,6 +201,10 @@ pub(crate) struct Settings<'a> {
     pub(crate) broker: Option<&'a str>,
     /// `SOAR_QUEUE_TYPE`.
     pub(crate) queue_type: Option<&'a str>,
+    /// `SOAR_WEBHOOK_ALLOW`.
+    pub(crate) webhook_allow: Option<&'a str>,
+    /// `SOAR_TRACE_MESSAGES`.
+    pub(crate) trace_messages: Option<&'a str>,
 }
 
 /// A router of our own, ready.
@@ -222,8 +226,13 @@ impl Router {
         let data_dir = dir.path().display().to_string();
         let mut variables =
             vec![("SOAR_BIND", address.as_str()), ("DATA_DIR", data_dir.as_str()), ("RUST_LOG", LOG_FILTER)];
-        variables.extend(settings.broker.map(|url| ("SOAR_BROKER_URL", url)));
-        variables.extend(settings.queue_type.map(|queue_type| ("SOAR_QUEUE_TYPE", queue_type)));
+        let optional = [
+            ("SOAR_BROKER_URL", settings.broker),
+            ("SOAR_QUEUE_TYPE", settings.queue_type),
+            ("SOAR_WEBHOOK_ALLOW", settings.webhook_allow),
+            ("SOAR_TRACE_MESSAGES", settings.trace_messages),
+        ];
+        variables.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
         let mut process = Process::start(&["serve", "--until-stdin-ends"], &variables, &dir.path().join("router.log"))?;
         let url = process.url().await?;
         let mut router = Self { process, dir, url };

@@ -86,8 +86,8 @@ impl Context {
         match std::fs::read_to_string(&path) {
             Ok(token) => Ok(Who::Admin(token.trim().to_owned())),
             Err(error) => Err(CliError::failed(format!(
-                "no admin token: cannot read {} ({}); set SOAR_ADMIN_TOKEN or pass --admin-token, or set DATA_DIR to \
-                 the router's",
+                "no admin token: cannot read {} ({}); run this in the directory where the router was started, or set \
+                 DATA_DIR to the router's, or pass --admin-token",
                 path.display(),
                 error.kind()
             ))),
@@ -146,7 +146,10 @@ impl Context {
 }
 
 /// `value`, or what is in the file that `@FILE` names.
-pub(super) fn from_file_if_asked(value: &str, option: &str) -> Result<String, CliError> {
+///
+/// # Errors
+/// When the file cannot be read.
+pub(crate) fn from_file_if_asked(value: &str, option: &str) -> Result<String, CliError> {
     let Some(path) = value.strip_prefix('@') else { return Ok(value.to_owned()) };
     let text = std::fs::read_to_string(path)
         .map_err(|error| CliError::failed(format!("cannot read {path}, named by {option}: {error}")))?;

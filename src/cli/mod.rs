@@ -5,7 +5,7 @@
 //! - [`run`] parses the arguments, dispatches, and turns the outcome into an exit code: 0 done, 1 refused or failed
 //!   with one line on stderr, 2 wrong usage.
 //! - `context` finds the router and the credentials; `api` speaks HTTP; `output` prints tables or JSON lines.
-//! - `client`, `send`, `receive`, `dead`, `trace`, `token`, `status`, `completions`: the commands.
+//! - `client`, `send`, `receive`, `dead`, `trace`, `token`, `status`, `listen`, `completions`: the commands.
 //! - `migrate` moves what lies in one broker to the other; works on the data directory of a stopped router.
 //! - `child` starts a router of its own for `demo` and `bench`.
 //!
@@ -21,9 +21,11 @@ mod context;
 mod dead;
 mod demo;
 mod error;
+mod follow;
 mod input;
 mod interrupt;
 mod lines;
+mod listen;
 mod migrate;
 mod output;
 mod progress;
@@ -84,6 +86,8 @@ enum Command {
     Status(status::Status),
     /// Move all queues from the embedded broker to RabbitMQ, or back (while the router is stopped)
     Migrate(migrate::Migrate),
+    /// Receive webhooks, verify their signatures, and print what arrives
+    Listen(listen::Listen),
     /// Measure a router: throughput, latency, fan-out, onboarding
     Bench(bench::Bench),
     /// Watch a router at work: three clients and live traffic in a temporary directory
@@ -147,6 +151,7 @@ fn execute(mut context: Context, command: Command) -> Result<(), CliError> {
             Command::TokenKey(command) => command.run(&mut context),
             Command::Status(command) => command.run(&mut context).await,
             Command::Migrate(command) => command.run(&mut context).await,
+            Command::Listen(command) => command.run(&mut context).await,
             Command::Bench(command) => command.run(&mut context).await,
             Command::Demo(command) => command.run(&mut context).await,
             Command::Completions(command) => command.run(&mut context),

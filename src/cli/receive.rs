@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 use super::api::{Api, Call, Failure, Who, wait_before};
 use super::context::Context;
 use super::error::CliError;
+use super::follow;
 use super::interrupt::Interrupt;
 use super::output::{Output, count, printable};
 
@@ -39,7 +40,8 @@ enum Ack {
 /// Read messages from your inbox
 ///
 /// Messages are printed first and acknowledged then: a kill at any time loses none (but may repeat some, with the same
-/// id). Reads what is there and ends; --wait waits for the first, --follow goes on until Ctrl-C.
+/// id). Reads what is there and ends; --wait waits for the first, --follow goes on until Ctrl-C, over a WebSocket, and
+/// waits for a router that restarts.
 #[derive(Debug, Args)]
 pub(crate) struct Receive {
     /// At most this many [default: 100; without end with --follow]
@@ -96,7 +98,9 @@ impl Receive {
         let inbox = Inbox { api: context.api()?, who: context.client()?, ack: self.ack, lease: self.lease };
         let max = self.max.unwrap_or(if self.follow { u64::MAX } else { MAX_DEFAULT });
         let mut interrupt = Interrupt::listen()?;
-        let taken = if self.follow {
+        let taken = if self.follow && self.ack == Ack::After && self.max.is_none() {
+            follow::follow(&inbox.api, &inbox.who, context, &mut interrupt).await?
+        } else if self.follow {
             inbox.follow(context, max, &mut interrupt).await?
         } else {
             inbox.take(context, max, Duration::from_secs(self.wait), &mut interrupt).await?
@@ -143,7 +147,8 @@ impl Inbox {
         Ok(taken)
     }
 
-    /// Takes what comes, until `max` or an interrupt. Waits for a router that is away, once it has been there.
+    /// Takes what comes, until `max` or an interrupt, by long polls: a socket's credit cannot end at a number, and its
+    /// receipts do not outlive it. Waits for a router that is away, once it has been there.
     async fn follow(&self, context: &mut Context, max: u64, interrupt: &mut Interrupt) -> Result<u64, CliError> {
         let (mut taken, mut failed) = (0, 0);
         let mut reached = false;
@@ -227,7 +232,7 @@ impl Inbox {
 }
 
 /// Whether a failure is worth waiting for.
-fn passes(failure: &Failure, reached: bool) -> bool {
+pub(super) fn passes(failure: &Failure, reached: bool) -> bool {
     match failure {
         Failure::Unreachable(_) => reached,
         Failure::Broken(_) => true,
@@ -235,7 +240,7 @@ fn passes(failure: &Failure, reached: bool) -> bool {
     }
 }
 
-fn print(out: &mut Output, message: &RawValue) -> Result<(), CliError> {
+pub(super) fn print(out: &mut Output, message: &RawValue) -> Result<(), CliError> {
     if out.json {
         return out.json_as_is(message.get().as_bytes());
     }

@@ -92,6 +92,12 @@ variables! {
 }
 
 impl Config {
+    /// The name of every variable that the router reads.
+    pub const VARIABLES: &'static [&'static str] = NAMES;
+
+    /// The name of every other one that the command line reads.
+    pub const COMMAND_LINE_VARIABLES: &'static [&'static str] = &COMMAND_LINE_VARIABLES;
+
     /// Reads the environment (`.env` has been read into it before, if there is one).
     ///
     /// # Errors

@@ -9,10 +9,11 @@ use utoipa::ToSchema;
 
 use super::body::{self, Body, Media, SETTINGS_BYTES_MAX, media};
 use super::client_body;
-use super::client_view::{ClientView, LimitsView};
+use super::client_view::ClientView;
 use super::error::Problem;
 use super::openapi::{
-    AdminProblems, BodyProblems, ExistsProblem, InvalidProblem, NotFoundProblem, StorageProblem, UnavailableProblems,
+    AdminProblems, BodyProblems, ExistsProblem, InvalidProblem, NotFoundProblem, PatternText, StorageProblem,
+    UnavailableProblems,
 };
 use super::query::Query;
 use super::route::{Answer, Call};
@@ -35,11 +36,10 @@ pub(crate) struct NewClient {
     #[schema(max_length = 200)]
     name: Option<String>,
     /// Patterns of the topics that are to land in its inbox: topics in which a word may be `*` or `#`.
-    #[schema(max_items = 10_000, nullable = false)]
+    #[schema(value_type = Option<Vec<PatternText>>, max_items = 10_000, nullable = false)]
     subscriptions: Option<Vec<String>>,
     webhook: Option<WebhookSettings>,
-    #[schema(value_type = Option<LimitsView>)]
-    limits: Option<serde_json::Value>,
+    limits: Option<LimitsPatch>,
 }
 
 /// What changes of a client (JSON merge patch, RFC 7396): `null` clears, what is absent stays.
@@ -49,14 +49,57 @@ pub(crate) struct NewClient {
 pub(crate) struct ClientPatch {
     #[schema(max_length = 200)]
     name: Option<String>,
-    #[schema(max_items = 10_000)]
+    #[schema(value_type = Option<Vec<PatternText>>, max_items = 10_000)]
     subscriptions: Option<Vec<String>>,
-    #[schema(value_type = Option<serde_json::Map<String, serde_json::Value>>)]
-    webhook: Option<serde_json::Value>,
-    #[schema(value_type = Option<serde_json::Map<String, serde_json::Value>>)]
-    limits: Option<serde_json::Value>,
+    webhook: Option<WebhookPatch>,
+    limits: Option<LimitsPatch>,
     /// While true nothing is forwarded, broadcast or pushed for it; its queues fill.
     paused: Option<bool>,
+}
+
+/// What changes of a webhook: `null` is the default again, what is absent stays.
+#[derive(Debug, Deserialize, ToSchema)]
+#[allow(dead_code, reason = "describes the body; it is read by hand, to name every mistake")]
+pub(crate) struct WebhookPatch {
+    /// Required when there is no webhook yet.
+    #[schema(
+        example = "https://example.org/hook",
+        max_length = 2048,
+        pattern = "^[hH][tT][tT][pP][sS]?:",
+        nullable = false
+    )]
+    url: Option<String>,
+    /// `null` removes a header.
+    headers: Option<std::collections::BTreeMap<String, Option<String>>>,
+    #[schema(minimum = 1, maximum = 60)]
+    timeout_s: Option<u32>,
+    #[schema(max_items = 30)]
+    retry_schedule_s: Option<Vec<RetryWait>>,
+    #[schema(minimum = 1, maximum = 256)]
+    concurrency: Option<u32>,
+    #[schema(minimum = 1, maximum = 100_000)]
+    rate_limit_per_s: Option<u32>,
+    ordered: Option<bool>,
+    /// Switches pushing on again after the backbone switched it off, or off.
+    enabled: Option<bool>,
+}
+
+/// Seconds to wait before a retry.
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(value_type = u32, minimum = 0, maximum = 1_209_600)]
+#[allow(dead_code, reason = "describes the body; it is read by hand, to name every mistake")]
+pub(crate) struct RetryWait(u32);
+
+/// What changes of the limits: `null` lifts one, what is absent stays.
+#[derive(Debug, Deserialize, ToSchema)]
+#[allow(dead_code, reason = "describes the body; it is read by hand, to name every mistake")]
+pub(crate) struct LimitsPatch {
+    #[schema(minimum = 1, maximum = 1_000_000)]
+    send_per_s: Option<u32>,
+    #[schema(minimum = 1, maximum = 9_007_199_254_740_992_i64)]
+    max_inbox_messages: Option<u64>,
+    #[schema(minimum = 1, maximum = 31_536_000)]
+    inbox_ttl_s: Option<u64>,
 }
 
 /// Where the inbox is pushed to, and how.
@@ -64,7 +107,7 @@ pub(crate) struct ClientPatch {
 #[allow(dead_code, reason = "describes the body; it is read by hand, to name every mistake")]
 pub(crate) struct WebhookSettings {
     /// `https://…`, or `http://…` where `SOAR_WEBHOOK_ALLOW` admits it.
-    #[schema(example = "https://example.org/hook", max_length = 2048)]
+    #[schema(example = "https://example.org/hook", max_length = 2048, pattern = "^[hH][tT][tT][pP][sS]?:")]
     url: String,
     /// Sent with every call.
     #[schema(nullable = false)]
@@ -74,7 +117,7 @@ pub(crate) struct WebhookSettings {
     timeout_s: Option<u32>,
     /// Seconds to wait before each retry; total attempts are 1 and its length.
     #[schema(example = json!([5, 300, 1800, 7200, 18000, 36000, 36000]), max_items = 30, nullable = false)]
-    retry_schedule_s: Option<Vec<u32>>,
+    retry_schedule_s: Option<Vec<RetryWait>>,
     /// Attempts in flight at once; 8 unless given.
     #[schema(minimum = 1, maximum = 256, nullable = false)]
     concurrency: Option<u32>,
@@ -101,7 +144,7 @@ pub(crate) struct ClientPage {
 ///
 /// When it answers, the client's queues, bindings and actors are ready. Its secret is shown here and on rotation only.
 #[utoipa::path(
-    post, path = "/clients", tag = "clients",
+    post, path = "/clients", operation_id = "create_client", tag = "clients",
     request_body = NewClient,
     responses(
         (status = 201, description = "Onboarded", body = ClientView,
@@ -126,7 +169,7 @@ pub(crate) async fn create(mut call: Call) -> Answer {
 
 /// List clients.
 #[utoipa::path(
-    get, path = "/clients", tag = "clients",
+    get, path = "/clients", operation_id = "list_clients", tag = "clients",
     params(
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "Clients at most; 100 unless given."),
         ("after" = Option<String>, Query, pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description = "The `next` of the page before."),
@@ -151,7 +194,7 @@ pub(crate) async fn list(call: Call) -> Answer {
 
 /// Look at a client: its record, the depths of its queues, the states of its actors.
 #[utoipa::path(
-    get, path = "/clients/{id}", tag = "clients",
+    get, path = "/clients/{id}", operation_id = "show_client", tag = "clients",
     params(("id" = String, Path, description = "Client id")),
     responses((status = 200, description = "The record", body = ClientView), AdminProblems, NotFoundProblem, UnavailableProblems),
     security(("admin" = []), ("basic" = []), ("token" = []), ("query_id" = [], "query_secret" = [])),
@@ -182,7 +225,7 @@ async fn depths(call: &Call, id: &ClientId) -> Option<Depths> {
 ///
 /// `null` clears a member, what is absent stays. A first webhook answers with its `webhook_secret`.
 #[utoipa::path(
-    patch, path = "/clients/{id}", tag = "clients",
+    patch, path = "/clients/{id}", operation_id = "change_client", tag = "clients",
     params(("id" = String, Path, description = "Client id")),
     request_body(content((ClientPatch = "application/merge-patch+json"), (ClientPatch = "application/json"))),
     responses(
@@ -206,15 +249,16 @@ pub(crate) async fn patch(mut call: Call) -> Answer {
 ///
 /// What its outbox and notify queue still hold is forwarded first; its inbox and dead letters are deleted.
 #[utoipa::path(
-    delete, path = "/clients/{id}", tag = "clients",
+    delete, path = "/clients/{id}", operation_id = "remove_client", tag = "clients",
     params(("id" = String, Path, description = "Client id")),
     responses((status = 204, description = "Removed"), AdminProblems, NotFoundProblem, UnavailableProblems, StorageProblem),
     security(("admin" = [])),
 )]
 pub(crate) async fn delete(call: Call) -> Answer {
     call.admin()?;
-    let entry = call.existing(call.path("id"))?;
-    ask(&call, DeleteClient(entry.record.client_id.clone())).await??;
+    // Not looked up here: of a client that is no more the registry may have something left to delete.
+    let id = ClientId::parse(call.path("id")).map_err(|_| Problem::not_found("there is no such client"))?;
+    ask(&call, DeleteClient(id)).await??;
     Ok(HttpResponse::NoContent().finish())
 }
 

@@ -97,7 +97,7 @@ pub(crate) struct Purged {
 ///
 /// Oldest first. A page may have fewer than `limit` when they are large; `next` says whether there are more.
 #[utoipa::path(
-    get, path = "/clients/{id}/dead-letters", tag = "dead letters",
+    get, path = "/clients/{id}/dead-letters", operation_id = "list_dead_letters", tag = "dead letters",
     params(
         ("id" = String, Path, description = "Client id"),
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "Dead letters at most; 100 unless given."),
@@ -126,7 +126,7 @@ pub(crate) async fn list(call: Call) -> Answer {
 
 /// Replay dead letters: put them back into the queue that they died in.
 #[utoipa::path(
-    post, path = "/clients/{id}/dead-letters/replay", tag = "dead letters",
+    post, path = "/clients/{id}/dead-letters/replay", operation_id = "replay_dead_letters", tag = "dead letters",
     params(("id" = String, Path, description = "Client id")),
     request_body(content = Option<ReplayBody>, example = json!({"ids": ["…"]})),
     responses(
@@ -180,7 +180,7 @@ fn replay_ids(body: &[u8]) -> Result<Option<Vec<String>>, Problem> {
 
 /// Purge dead letters: delete them for good.
 #[utoipa::path(
-    delete, path = "/clients/{id}/dead-letters", tag = "dead letters",
+    delete, path = "/clients/{id}/dead-letters", operation_id = "purge_dead_letters", tag = "dead letters",
     params(("id" = String, Path, description = "Client id")),
     responses((status = 200, description = "Purged", body = Purged), AdminProblems, NotFoundProblem, UnavailableProblems),
     security(("admin" = []), ("basic" = []), ("token" = []), ("query_id" = [], "query_secret" = [])),

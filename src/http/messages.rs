@@ -91,10 +91,10 @@ pub(crate) struct HopView {
 ///
 /// For the admin, and for whoever sent it. The most recent messages are remembered (`SOAR_TRACE_MESSAGES`), in memory.
 #[utoipa::path(
-    get, path = "/messages/{id}", tag = "messages",
+    get, path = "/messages/{id}", operation_id = "trace_message", tag = "messages",
     params(
         ("id" = String, Path, description = "Message id", example = "01937b5e-7c1c-7a53-8a3e-0d6f3a4b5c6d"),
-        ("sender" = Option<String>, Query, description = "For the admin: whose message, where several chose the same id."),
+        ("sender" = Option<String>, Query, pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description = "For the admin: whose message, where several chose the same id."),
     ),
     responses((status = 200, description = "Its way", body = TraceView), ClientProblems, NotFoundProblem, InvalidProblem),
     security(("admin" = []), ("basic" = []), ("token" = []), ("query_id" = [], "query_secret" = [])),
@@ -116,7 +116,7 @@ fn not_found() -> Problem {
 }
 
 fn for_admin(call: &Call, sender: Option<&ClientId>) -> Result<TraceView, Problem> {
-    let id = MessageId::parse(call.path("id")).map_err(|_| not_found())?;
+    let id = MessageId::parse(&call.path_decoded("id")).map_err(|_| not_found())?;
     let mut found = call.api.state.telemetry.traces.find(&id);
     let at = match sender {
         Some(sender) => found.iter().position(|trace| trace.sender == *sender),
@@ -128,7 +128,7 @@ fn for_admin(call: &Call, sender: Option<&ClientId>) -> Result<TraceView, Proble
 }
 
 fn for_sender(call: &Call, sender: &ClientId) -> Result<TraceView, Problem> {
-    let id = MessageId::parse(call.path("id")).map_err(|_| not_found())?;
+    let id = MessageId::parse(&call.path_decoded("id")).map_err(|_| not_found())?;
     let traces = &call.api.state.telemetry.traces;
     match traces.find_of(sender, &id) {
         Some(trace) => Ok(trace.into()),

@@ -6,7 +6,7 @@ use actix_web::HttpResponse;
 use serde::Serialize;
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::{Operation, Parameter, ParameterBuilder, ParameterIn};
-use utoipa::openapi::schema::{ObjectBuilder, Type};
+use utoipa::openapi::schema::{AllOfBuilder, ObjectBuilder, Type};
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, Header, OpenApi, Ref, RefOr, Required, Response, ResponseBuilder};
 use utoipa::{IntoParams, IntoResponses, Modify, OpenApi as _, ToSchema};
@@ -23,7 +23,9 @@ use super::{
         title = "Communications Backbone",
         description = "Routes messages between clients by topic. An admin onboards a client with one call; the client \
                        sends with `POST /send`, and receives with `GET /receive` or by webhook.\n\nErrors are problems \
-                       (RFC 9457) with a stable `code`; each answer has an `x-request-id`.",
+                       (RFC 9457) with a stable `code` and a `detail` that says what to do; each answer has an \
+                       `x-request-id`. Another method on a path is a 405 whose `Allow` names those that it has; `HEAD` \
+                       does what `GET` does where that only looks.",
     ),
     paths(
         send::send, send::notify, receive::receive, settle::ack, settle::nack, token::token,
@@ -35,7 +37,7 @@ use super::{
         health::livez, health::readyz, health::metrics, openapi,
         pages::console, pages::docs, pages::asset, console::feed,
     ),
-    components(schemas(ProblemView, FieldError, Code, AckMode, console::Sort, receive::EnvelopeView)),
+    components(schemas(ProblemView, FieldError, Code, AckMode, SortOrder, PatternText, console::Sort, receive::EnvelopeView)),
     tags(
         (name = "messages", description = "A client's calls: send, receive, settle."),
         (name = "clients", description = "Onboarding and looking after clients."),
@@ -99,6 +101,25 @@ pub(crate) enum AckMode {
     Auto,
     Manual,
 }
+
+/// Which way a list is sorted.
+#[derive(ToSchema)]
+#[schema(rename_all = "lowercase")]
+#[allow(dead_code, reason = "names the values in the document")]
+pub(crate) enum SortOrder {
+    Asc,
+    Desc,
+}
+
+/// A pattern of topics: a topic in which a word may be `*` (exactly one word) or `#` (zero or more words; at most two
+/// `#`). At most 255 bytes.
+#[derive(ToSchema)]
+#[schema(
+    as = Pattern, value_type = String, min_length = 1, max_length = 255, example = "soar.noc.#",
+    pattern = r"^([A-Za-z0-9_-]+|\*|#)(\.([A-Za-z0-9_-]+|\*|#))*$"
+)]
+#[allow(dead_code, reason = "describes patterns in the document; they are parsed by topic::Pattern")]
+pub(crate) struct PatternText(String);
 
 /// The header `traceparent`.
 pub(crate) struct Traced;
@@ -170,15 +191,21 @@ fn problem_responses(codes: &[Code]) -> BTreeMap<String, RefOr<Response>> {
 
 fn problem_response(status: u16, codes: &[Code]) -> Response {
     let names: Vec<_> = codes.iter().map(|code| format!("`{}`", code.as_str())).collect();
-    let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
+    let code = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(codes.iter().map(|code| code.as_str())));
+    let narrowed = ObjectBuilder::new().property("code", code);
+    let schema = AllOfBuilder::new().item(Ref::from_schema_name("Problem")).item(narrowed);
+    let content = ContentBuilder::new().schema(Some(schema)).build();
     let mut response = ResponseBuilder::new()
         .description(format!("Problem with code {}", names.join(" or ")))
         .content("application/problem+json", content);
     if status == 401 {
         response = response.header("www-authenticate", text_header("How to say who calls (RFC 9110)."));
     }
+    if status == 405 {
+        response = response.header("allow", text_header("The methods that the path has (RFC 9110)."));
+    }
     if matches!(status, 429 | 503) {
-        response = response.header("retry-after", text_header("Seconds to wait before trying again."));
+        response = response.header("retry-after", seconds_header("Seconds to wait before trying again."));
     }
     response.build()
 }
@@ -188,6 +215,11 @@ fn text_header(description: &str) -> Header {
         .schema(Some(ObjectBuilder::new().schema_type(Type::String)))
         .description(Some(description))
         .build()
+}
+
+fn seconds_header(description: &str) -> Header {
+    let seconds = ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(1));
+    HeaderBuilder::new().schema(Some(seconds)).description(Some(description)).build()
 }
 
 /// What is the same everywhere: request ids, and how to say who calls.
@@ -220,6 +252,10 @@ impl Modify for Everywhere {
         ] {
             components.add_security_scheme(name, scheme);
         }
+        // Of no operation, because it is of what is none.
+        let code = Code::MethodNotAllowed;
+        let refused = problem_response(code.status().as_u16(), &[code]);
+        components.responses.insert("MethodNotAllowed".into(), refused.into());
     }
 }
 
@@ -281,6 +317,47 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn operations_have_names_of_their_own() {
+        let mut seen = BTreeSet::new();
+        for (path, item) in shown()["paths"].as_object().expect("paths") {
+            for (method, operation) in item.as_object().expect("operations") {
+                let name = operation["operationId"].as_str().expect("a name").to_owned();
+                assert!(seen.insert(name), "{method} {path}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_refusal_has_its_code_and_the_headers_that_go_with_it() {
+        let document = shown();
+        let mut problems = Vec::new();
+        for (path, item) in document["paths"].as_object().expect("paths") {
+            for (method, operation) in item.as_object().expect("operations") {
+                for (status, response) in operation["responses"].as_object().expect("responses") {
+                    problems.push((format!("{method} {path} {status}"), status.clone(), response));
+                }
+            }
+        }
+        let refused = &document["components"]["responses"]["MethodNotAllowed"];
+        problems.push(("elsewhere".into(), "405".into(), refused));
+        let mut named = BTreeSet::new();
+        for (at, status, response) in problems.into_iter().filter(|(_, status, _)| status.as_str() >= "400") {
+            let schema = &response["content"]["application/problem+json"]["schema"]["allOf"];
+            assert_eq!(schema[0]["$ref"], "#/components/schemas/Problem", "{at}");
+            let codes = schema[1]["properties"]["code"]["enum"].as_array().unwrap_or_else(|| panic!("{at}: no codes"));
+            named.extend(codes.iter().map(|code| code.as_str().expect("a code").to_owned()));
+            let header = match status.as_str() {
+                "401" => "www-authenticate",
+                "405" => "allow",
+                "429" | "503" => "retry-after",
+                _ => continue,
+            };
+            assert!(response["headers"][header].is_object(), "{at}: {header}");
+        }
+        assert_eq!(named.len(), 15, "{named:?}");
     }
 
     #[test]

@@ -64,7 +64,7 @@ pub(crate) async fn docs(call: Call) -> Answer {
 
 /// A file of these pages.
 #[utoipa::path(
-    get, path = "/console/{file}", tag = "pages",
+    get, path = "/console/{file}", operation_id = "page_file", tag = "pages",
     params(("file" = String, Path, description = "As the pages name it", example = "console.css")),
     responses(
         (status = 200, description = "The file", content(

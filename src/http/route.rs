@@ -36,6 +36,13 @@ impl Call {
     pub(crate) fn path(&self, name: &str) -> &str {
         self.request.match_info().get(name).unwrap_or_default()
     }
+
+    /// The same for what may hold any character: actix leaves `/`, `+` and `%` encoded, so that a path keeps its parts.
+    pub(crate) fn path_decoded(&self, name: &str) -> String {
+        let [slash, plus] = [["%2F", "%2f"], ["%2B", "%2b"]];
+        let text = self.path(name).replace(slash[0], "/").replace(slash[1], "/");
+        text.replace(plus[0], "+").replace(plus[1], "+").replace("%25", "%")
+    }
 }
 
 impl FromRequest for Call {

@@ -29,7 +29,7 @@ pub(crate) struct NewSecret {
 ///
 /// The one before stays valid for `overlap_s` seconds. Tokens outlive a rotation.
 #[utoipa::path(
-    post, path = "/clients/{id}/secret", tag = "clients",
+    post, path = "/clients/{id}/secret", operation_id = "rotate_secret", tag = "clients",
     params(
         ("id" = String, Path, description = "Client id"),
         ("overlap_s" = Option<u32>, Query, minimum = 0, maximum = 604_800, description = "Seconds; 86,400 unless given."),
@@ -48,7 +48,7 @@ pub(crate) async fn rotate_client(call: Call) -> Answer {
 ///
 /// Deliveries are signed with both for `overlap_s` seconds.
 #[utoipa::path(
-    post, path = "/clients/{id}/webhook-secret", tag = "clients",
+    post, path = "/clients/{id}/webhook-secret", operation_id = "rotate_webhook_secret", tag = "clients",
     params(
         ("id" = String, Path, description = "Client id"),
         ("overlap_s" = Option<u32>, Query, minimum = 0, maximum = 604_800, description = "Seconds; 86,400 unless given."),

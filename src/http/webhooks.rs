@@ -91,11 +91,11 @@ impl Drop for TestPlace<'_> {
 ///
 /// Newest first. Of each client the newest 1,000 deliveries and the newest 1,000 failures are kept.
 #[utoipa::path(
-    get, path = "/clients/{id}/attempts", tag = "webhooks",
+    get, path = "/clients/{id}/attempts", operation_id = "list_attempts", tag = "webhooks",
     params(
         ("id" = String, Path, description = "Client id"),
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "Attempts at most; 100 unless given."),
-        ("after" = Option<String>, Query, description = "The `next` of the page before."),
+        ("after" = Option<String>, Query, pattern = "^[0-7][0-9a-f]{15}$", description = "The `next` of the page before."),
     ),
     responses(
         (status = 200, description = "A page", body = AttemptPageView),
@@ -123,7 +123,7 @@ pub(crate) async fn attempts(call: Call) -> Answer {
 /// Answers 200 whatever the endpoint does; `status` and `error` say what that was. Works while the webhook is switched
 /// off.
 #[utoipa::path(
-    post, path = "/clients/{id}/webhook/test", tag = "webhooks",
+    post, path = "/clients/{id}/webhook/test", operation_id = "test_webhook", tag = "webhooks",
     params(("id" = String, Path, description = "Client id")),
     responses((status = 200, description = "The attempt", body = AttemptView), AdminProblems, NotFoundProblem, UnavailableProblems),
     security(("admin" = []), ("basic" = []), ("token" = []), ("query_id" = [], "query_secret" = [])),

@@ -12,6 +12,7 @@ use prometheus::{
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use crate::actors::registry::ActorState;
 use crate::broker::{DeadReason, Health};
 use crate::telemetry::process;
 
@@ -33,6 +34,9 @@ pub const BREAKER_STATES: [&str; 3] = ["closed", "open", "half_open"];
 
 /// Kinds of actors, for [`Metrics::actor_restarts`].
 pub const ACTOR_KINDS: [&str; 5] = ["forwarder", "publisher", "broadcaster", "subscriber", "pusher"];
+
+/// Kinds of queues whose oldest message has an age, for [`Metrics::set_oldest`].
+const QUEUES_WITH_AGES: [&str; 3] = ["outbox", "notify", "inbox"];
 
 const BROKER_STATES: [&str; 3] = ["ready", "blocked", "unreachable"];
 
@@ -332,18 +336,23 @@ impl Metrics {
         for name in BROKER_STATES {
             self.asked.broker_state.with_label_values(&[name]).set(i64::from(name == state));
         }
-        self.asked.actors.reset();
-        for (actor, state, count) in &gauges.actors {
-            self.asked.actors.with_label_values(&[actor, state]).set(int(*count));
+        // Each of them, also those that are none: whoever scrapes meanwhile must not find a gap, which ends an alert.
+        for actor in ACTOR_KINDS {
+            for state in ActorState::ALL.map(ActorState::as_str) {
+                let found = gauges.actors.iter().filter(|(a, s, _)| (*a, *s) == (actor, state));
+                self.asked.actors.with_label_values(&[actor, state]).set(int(found.map(|(.., count)| count).sum()));
+            }
         }
     }
 
     /// Sets the age of the oldest message by kind of queue, where the broker knows it.
     pub fn set_oldest(&self, ages: &[(&'static str, Duration)]) {
-        // A queue that became empty has no oldest message any more.
-        self.asked.oldest_age.reset();
-        for (queue, age) in ages {
-            self.asked.oldest_age.with_label_values(&[queue]).set(age.as_secs_f64());
+        for queue in QUEUES_WITH_AGES {
+            match ages.iter().find(|(found, _)| *found == queue) {
+                Some((_, age)) => self.asked.oldest_age.with_label_values(&[queue]).set(age.as_secs_f64()),
+                // A queue that became empty has no oldest message any more; that it had none before is no error.
+                None => drop(self.asked.oldest_age.remove_label_values(&[queue])),
+            }
         }
     }
 

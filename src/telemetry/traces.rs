@@ -283,6 +283,7 @@ impl Traces {
         if message.topic.is_none() {
             self.metrics.broadcasts_routed.inc_by(inboxes as u64);
         }
+        log_traced(message, "routed");
         if self.capacity == 0 {
             return;
         }
@@ -302,6 +303,7 @@ impl Traces {
 
     fn record_at(&self, now: Timestamp, message: &Message, step: Step) {
         self.feed_others(now, message, &step);
+        log_traced(message, step.name());
         if self.capacity > 0 {
             self.with_entry(message, |entry| entry.note(now, step));
         }
@@ -355,6 +357,13 @@ impl Traces {
         drop(shard);
         found.sort_by_key(|trace| std::cmp::Reverse(trace.hops.first().map(|hop| hop.at)));
         found
+    }
+}
+
+/// What belongs to somebody's trace is logged step by step, under a target of its own (`RUST_LOG=backbone::trace=debug`).
+fn log_traced(message: &Message, step: &str) {
+    if let Some(traceparent) = &message.traceparent {
+        log::debug!(target: "backbone::trace", "message {} of {} {step}, traceparent {traceparent}", message.id, message.sender);
     }
 }
 

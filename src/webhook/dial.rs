@@ -1,19 +1,21 @@
 //! Opens connections to endpoints: resolves the name, judges every address, connects, secures.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsConnector;
 
 use super::address::Guard;
@@ -24,6 +26,9 @@ use super::failure::{Failure, FailureKind, Phase};
 const RESOLVED_FOR: Duration = Duration::from_secs(5);
 /// How long a name that did not resolve is not asked for again.
 const UNRESOLVED_FOR: Duration = Duration::from_secs(1);
+/// Lookups of one name that are under way at once, over all endpoints: each takes a thread, of which there are a few
+/// hundred, and a name whose servers do not answer must not take them all.
+const LOOKUPS_PER_NAME: usize = 4;
 /// Head start of one address before the next is tried as well (RFC 8305, section 5).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 /// Addresses of one name that are tried at most.
@@ -35,6 +40,36 @@ pub type Resolver = Arc<dyn Fn(&str, u16) -> std::io::Result<Vec<SocketAddr>> + 
 /// The system's resolver: `/etc/hosts`, DNS, and what else the system is set up to ask.
 pub fn system_resolver() -> Resolver {
     Arc::new(|name, port| std::net::ToSocketAddrs::to_socket_addrs(&(name, port)).map(Iterator::collect))
+}
+
+/// The lookups that are under way, by name; shared by all endpoints, those included that are made for one test call.
+/// Bounded by the number of names in use, twice over.
+#[derive(Debug, Default)]
+pub struct Lookups(Mutex<NamesInUse>);
+
+#[derive(Debug, Default)]
+struct NamesInUse {
+    names: HashMap<Arc<str>, Weak<Semaphore>>,
+    /// How many names there may be before those that are out of use are forgotten.
+    sweep_at: usize,
+}
+
+impl Lookups {
+    /// Who looks this name up takes a permit of these.
+    fn of(&self, name: &Arc<str>) -> Arc<Semaphore> {
+        let mut inner = self.0.lock();
+        let NamesInUse { names, sweep_at } = &mut *inner;
+        if let Some(permits) = names.get(name).and_then(Weak::upgrade) {
+            return permits;
+        }
+        if names.len() >= *sweep_at {
+            names.retain(|_, permits| permits.strong_count() > 0);
+            *sweep_at = 2 * names.len() + 64;
+        }
+        let permits = Arc::new(Semaphore::new(LOOKUPS_PER_NAME));
+        names.insert(Arc::clone(name), Arc::downgrade(&permits));
+        permits
+    }
 }
 
 /// A connection's bytes, in the clear or not.
@@ -64,6 +99,8 @@ pub struct Dialer {
     /// One lookup at a time: the others wait for its answer. The permit goes along into the blocking call, so that
     /// one that was given up still counts, and a resolver that hangs costs an endpoint one thread.
     lookup: Arc<Semaphore>,
+    /// Those of the same name by all endpoints.
+    lookups: Arc<Semaphore>,
     resolved: RefCell<Option<(Instant, Resolved)>>,
 }
 
@@ -75,8 +112,14 @@ impl Dialer {
         tls: Option<(TlsConnector, ServerName<'static>)>,
         guard: Arc<Guard>,
         resolver: Resolver,
+        lookups: &Lookups,
     ) -> Self {
-        Self { host, port, tls, guard, resolver, lookup: Arc::new(Semaphore::new(1)), resolved: RefCell::new(None) }
+        let lookups = match &host {
+            Host::Name(name) => lookups.of(name),
+            Host::Literal(_) => Arc::new(Semaphore::new(0)),
+        };
+        let lookup = Arc::new(Semaphore::new(1));
+        Self { host, port, tls, guard, resolver, lookup, lookups, resolved: RefCell::new(None) }
     }
 
     /// Opens a connection. Tells `phase` how far it has come. Safe to drop.
@@ -103,20 +146,18 @@ impl Dialer {
     }
 
     async fn resolve(&self, name: &Arc<str>) -> Resolved {
-        let permit = Arc::clone(&self.lookup)
-            .acquire_owned()
-            .await
-            .map_err(|_| Failure::new(FailureKind::Dns, "the name cannot be resolved"))?;
+        let permit = take(&self.lookup).await?;
         if let Some((at, result)) = &*self.resolved.borrow() {
             let fresh_for = if result.is_ok() { RESOLVED_FOR } else { UNRESOLVED_FOR };
             if at.elapsed() < fresh_for {
                 return result.clone();
             }
         }
+        let permits = (permit, take(&self.lookups).await?);
         let (resolver, asked, port) = (Arc::clone(&self.resolver), Arc::clone(name), self.port);
         let answer = tokio::task::spawn_blocking(move || {
             let answer = resolver(&asked, port);
-            drop(permit);
+            drop(permits);
             answer
         })
         .await;
@@ -157,6 +198,11 @@ impl Dialer {
     }
 }
 
+async fn take(permits: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Failure> {
+    let permit = Arc::clone(permits).acquire_owned().await;
+    permit.map_err(|_| Failure::new(FailureKind::Dns, "the name cannot be resolved"))
+}
+
 impl std::fmt::Debug for Dialer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Dialer").field("host", &self.host).field("port", &self.port).finish_non_exhaustive()
@@ -166,12 +212,15 @@ impl std::fmt::Debug for Dialer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use parking_lot::Mutex;
     use std::cell::Cell;
 
     fn dialer(allow: &str, port: u16, resolver: Resolver) -> Dialer {
+        dialer_among(&Lookups::default(), "hooks.example", allow, port, resolver)
+    }
+
+    fn dialer_among(lookups: &Lookups, name: &str, allow: &str, port: u16, resolver: Resolver) -> Dialer {
         let allow: Vec<ipnet::IpNet> = vec![allow.parse().expect("a CIDR")];
-        Dialer::new(Host::Name("hooks.example".into()), port, None, Arc::new(Guard::new(allow)), resolver)
+        Dialer::new(Host::Name(name.into()), port, None, Arc::new(Guard::new(allow)), resolver, lookups)
     }
 
     fn answers(all: &[&str]) -> Resolver {
@@ -244,5 +293,39 @@ mod tests {
         }
         assert_eq!(*asked.lock(), 1);
         drop(let_go);
+    }
+
+    #[actix_rt::test]
+    async fn a_name_that_hangs_costs_a_few_threads_whoever_asks_for_it() {
+        let asked = Arc::new(Mutex::new(0));
+        let (let_go, gate) = std::sync::mpsc::channel::<()>();
+        let hangs: Resolver = {
+            let (asked, gate) = (Arc::clone(&asked), Mutex::new(gate));
+            Arc::new(move |_, _| {
+                *asked.lock() += 1;
+                let _ = gate.lock().recv();
+                Ok(vec![])
+            })
+        };
+        let (lookups, phase) = (Lookups::default(), Cell::new(Phase::Connecting));
+        for _ in 0..20 {
+            // An endpoint made anew each time, as a test call does.
+            let dialer = dialer_among(&lookups, "hangs.example", "127.0.0.0/8", 9, Arc::clone(&hangs));
+            assert!(tokio::time::timeout(Duration::from_millis(5), dialer.dial(&phase)).await.is_err());
+        }
+        assert_eq!(*asked.lock(), LOOKUPS_PER_NAME);
+        let (_listener, port) = listener().await;
+        let other = dialer_among(&lookups, "other.example", "127.0.0.0/8", port, answers(&["127.0.0.1"]));
+        assert!(other.dial(&phase).await.is_ok(), "another name is looked up meanwhile");
+        drop(let_go);
+    }
+
+    #[test]
+    fn names_out_of_use_are_forgotten() {
+        let lookups = Lookups::default();
+        let kept: Vec<_> = (0..50).map(|n| lookups.of(&format!("kept-{n}").into())).collect();
+        (0..10_000).for_each(|n| drop(lookups.of(&format!("gone-{n}").into())));
+        assert!(lookups.0.lock().names.len() <= 2 * kept.len() + 65, "{}", lookups.0.lock().names.len());
+        assert!(Arc::ptr_eq(&kept[7], &lookups.of(&"kept-7".into())));
     }
 }

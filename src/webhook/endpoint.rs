@@ -20,7 +20,7 @@ use tokio_rustls::TlsConnector;
 use super::address::{self, Guard};
 use super::answer::{Answer, AnswerReader};
 use super::budget::{Budget, Share};
-use super::dial::{Dialer, Host, Resolver, Stream, system_resolver};
+use super::dial::{Dialer, Host, Lookups, Resolver, Stream, system_resolver};
 use super::failure::{Failure, FailureKind, Phase};
 use crate::client::Webhook;
 
@@ -42,6 +42,7 @@ pub struct Sender {
     tls: TlsConnector,
     budget: Arc<Budget>,
     resolver: Resolver,
+    lookups: Arc<Lookups>,
 }
 
 impl Sender {
@@ -52,6 +53,7 @@ impl Sender {
             tls,
             budget: Budget::from_process_limit(),
             resolver: system_resolver(),
+            lookups: Arc::default(),
         }
     }
 
@@ -185,7 +187,14 @@ impl Endpoint {
             _ => return Err(unusable("neither https nor http")),
         };
         Ok(Self {
-            dialer: Dialer::new(host, port, tls, Arc::clone(&sender.guard), Arc::clone(&sender.resolver)),
+            dialer: Dialer::new(
+                host,
+                port,
+                tls,
+                Arc::clone(&sender.guard),
+                Arc::clone(&sender.resolver),
+                &sender.lookups,
+            ),
             head: render_head(&url, webhook),
             timeout: Duration::from_secs(u64::from(webhook.timeout_s.max(1))),
             budget: Arc::clone(&sender.budget),

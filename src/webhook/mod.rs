@@ -6,7 +6,8 @@
 //! message), [`retry`] (when it is tried again); and what holds all attempts up: [`breaker`] (the endpoint only fails),
 //! [`throttle`] (it asks to be left alone), [`pacer`] (its rate).
 //!
-//! I/O around them: [`tls`], [`dial`] (a connection to an address that may be dialled), [`budget`] (how many),
+//! I/O around them: [`tls`], [`dial`] (a connection to an address that may be dialled), [`budget`] (how many), [`hand`] (how
+//! many bytes in memory),
 //! [`endpoint`] (the POST of one message over kept-alive connections), [`attempts`] (the log), [`breakers`] (their
 //! states, for all to see), [`trial`] (an example, on demand), and [`push`], the loop that brings one client's inbox to
 //! its endpoint.
@@ -20,6 +21,7 @@ pub mod budget;
 pub mod dial;
 pub mod endpoint;
 pub mod failure;
+pub mod hand;
 pub mod pacer;
 pub mod push;
 pub mod retry;

@@ -110,6 +110,11 @@ fn check_url(text: &str, guard: &Guard) -> Result<(), String> {
     if text.chars().any(|c| c.is_control() || c.is_whitespace()) {
         return Err("must not have spaces or control characters".into());
     }
+    // So does an empty user name, as in `https://@host`.
+    let authority = text.split_once("://").map_or("", |(_, rest)| rest);
+    if authority.split(['/', '?', '#', '\\']).next().is_some_and(|authority| authority.contains('@')) {
+        return Err("must not have a user name or password; send credentials in a header".into());
+    }
     let url = Url::parse(text).map_err(|error| format!("is not an absolute URL: {error}"))?;
     if !matches!(url.scheme(), "https" | "http") {
         return Err(format!("must be an https URL, its scheme is {}", url.scheme()));
@@ -189,6 +194,7 @@ mod tests {
         for good in [
             "https://example.com",
             "https://example.com:8443/hook?key=a%20b",
+            "https://example.com/@name?who=a@b",
             "https://8.8.8.8/",
             "https://[2606:4700::1]:444/",
             "https://bücher.example/",
@@ -213,6 +219,8 @@ mod tests {
             "gopher://example.com/",
             "https://user@example.com/",
             "https://user:password@example.com/",
+            "https://@example.com/",
+            "https://:@example.com/",
             "https://example.com/#part",
             "https://example.com:0/",
             "https://example.com:22/",

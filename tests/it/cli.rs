@@ -267,6 +267,34 @@ broker_tests! {
         assert!(client.receive("").await.is_empty());
     }
 
+    async fn following_goes_on_when_the_router_is_back(app: &mut TestApp) {
+        let client = app.onboard("noc-c2", &["a.#"]).await;
+        let child = Cli::new(app, &["receive", "--follow", "--json"]).by(&client).spawn();
+        let printed = async |app: &TestApp| {
+            eventually("it is printed and acknowledged", SOON, async || {
+                // Counted anew after a restart.
+                (app.metric("backbone_messages_delivered_total").await >= 1.0).then_some(())
+            })
+            .await;
+        };
+        client.send("a.b", json!("one")).await;
+        printed(app).await;
+        app.restart().await;
+        client.send("a.b", json!("two")).await;
+        printed(app).await;
+        app.kill_and_restart().await;
+        client.send("a.b", json!("three")).await;
+        printed(app).await;
+        interrupt(&child);
+        let ran = end_of(child).await;
+        let came = ran.json_lines();
+        assert_eq!(messages(&came), ["one", "two", "three"]);
+        // The same members as `receive` without --follow prints.
+        let members: Vec<_> = came[0].as_object().expect("an envelope").keys().cloned().collect();
+        assert_eq!(members, ["deliveries", "id", "message", "receipt", "sender", "sent_at", "topic"]);
+        assert!(client.receive("").await.is_empty());
+    }
+
     async fn dead_letters_are_listed_replayed_and_purged(app: &mut TestApp) {
         let client = app.onboard("noc-c2", &["a.#"]).await;
         client.send_all(json!([{"topic": "a.b", "message": 1}, {"topic": "a.b", "message": 2}, {"topic": "a.b", "message": 3}])).await;
@@ -316,10 +344,10 @@ broker_tests! {
 
     async fn bench_verifies_what_it_measures_and_leaves_nothing_behind(app: &mut TestApp) {
         let url = format!("http://{}", app.router.address());
-        let mut arguments = vec!["bench", "send", "pipe", "fanout", "latency", "onboard", "--json", "--url", &url];
+        let mut arguments = vec!["bench", "send", "pipe", "fanout", "latency", "ws", "onboard", "--json", "--url", &url];
         arguments.extend(["--messages", "300", "--seconds", "20", "--inboxes", "5", "--clients", "60", "--batch", "50"]);
         let ran = Cli::new(app, &arguments).run().await;
-        let counts = [("send", 300), ("pipe", 300), ("fanout", 1500), ("latency", 300), ("onboard", 60)];
+        let counts = [("send", 300), ("pipe", 300), ("fanout", 1500), ("latency", 300), ("ws", 300), ("onboard", 60)];
         let reports = ran.json_lines();
         assert_eq!(reports.len(), counts.len(), "{ran:?}");
         for (report, (scenario, count)) in reports.iter().zip(counts) {
@@ -356,6 +384,63 @@ async fn demo_shows_traffic_and_tidies_up() {
     assert_eq!(ran.code, Some(0), "{ran:?}");
     drop(stdout);
     assert_eq!(std::fs::read_dir(directory.path()).expect("readable").count(), 0, "nothing is left behind");
+}
+
+/// Runs a bench with a router of its own; what it reports, by the names of the scenarios.
+async fn bench_with_a_router_of_its_own(arguments: &[&str], expected: &[(&str, u64)]) -> Vec<Value> {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_backbone"));
+    command.env_clear().env("TMPDIR", directory.path()).current_dir(directory.path());
+    command.arg("bench").args(arguments).args(["--seconds", "20", "--json"]);
+    let ran = Cli { command }.run().await;
+    let reports = ran.json_lines();
+    let found: Vec<_> = reports.iter().map(|report| (report["scenario"].as_str(), report["count"].as_u64())).collect();
+    let expected: Vec<_> = expected.iter().map(|(name, count)| (Some(*name), Some(*count))).collect();
+    assert_eq!(found, expected, "{ran:?}");
+    assert!(reports.iter().all(|report| report["verified"] == true), "{reports:?}");
+    assert_eq!(std::fs::read_dir(directory.path()).expect("readable").count(), 0, "nothing is left behind");
+    reports
+}
+
+#[actix_rt::test]
+async fn bench_pushes_webhooks_and_checks_them_against_a_bare_client() {
+    let arguments = ["webhook", "webhook-latency", "--baseline", "--messages", "300"];
+    let expected = [("bare-webhook", 300), ("bare-webhook", 300), ("webhook", 300), ("webhook-latency", 300)];
+    let reports = bench_with_a_router_of_its_own(&arguments, &expected).await;
+    assert!(reports[2]["ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
+    assert!(reports[3]["p99_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{reports:?}");
+    let verdict = reports[2]["verdict"].as_str().expect("a text");
+    assert!(verdict.contains("signatures checked") && !verdict.contains(" 0 signatures"), "{verdict}");
+}
+
+#[actix_rt::test]
+async fn bench_measures_what_watching_and_tracing_cost() {
+    let expected = [("unwatched", 300), ("unwatched", 300), ("watched", 300)];
+    let reports = bench_with_a_router_of_its_own(&["watched", "--messages", "300"], &expected).await;
+    assert!(reports[2]["ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
+    let expected = [("untraced", 300), ("untraced", 300), ("traced", 300)];
+    bench_with_a_router_of_its_own(&["traced", "--messages", "300"], &expected).await;
+}
+
+/// In its path `rabbitmq`, because it starts a broker.
+mod rabbitmq {
+    use super::*;
+    use crate::support::rabbitmq::VirtualHost;
+
+    #[actix_rt::test]
+    async fn bench_compares_with_bare_queues_and_leaves_none_behind() {
+        let host = VirtualHost::create().await;
+        let url = host.url();
+        let arguments =
+            ["pipe", "latency", "--baseline", "--broker", &url, "--queue-type", "classic", "--messages", "300"];
+        let expected = ["bare", "bare", "pipe", "bare-latency", "bare-latency", "latency"].map(|name| (name, 300));
+        let reports = bench_with_a_router_of_its_own(&arguments, &expected).await;
+        assert!(reports[2]["ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
+        assert!(reports[5]["p99_ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
+        let left = host.manage(reqwest::Method::GET, &format!("queues/{}", host.name()), None).await;
+        let left: Vec<_> = left.as_array().expect("a list").iter().filter_map(|queue| queue["name"].as_str()).collect();
+        assert!(left.iter().all(|name| name.starts_with("soar-")), "{left:?}");
+    }
 }
 
 #[actix_rt::test]

@@ -1,8 +1,7 @@
 //! Kill -9 under load, again and again; and SIGTERM, which must be no worse.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use reqwest::Method;
@@ -10,35 +9,12 @@ use serde_json::json;
 
 use crate::support::fixture::{BrokerKind, Fixture};
 use crate::support::http::Client;
-use crate::support::load::{Load, Manner, Received};
+use crate::support::load::Traffic;
 use crate::support::wait::SOON;
 use crate::support::{TestApp, eventually};
 
 /// How long all of it may take.
 const BOUND: Duration = Duration::from_secs(120);
-
-/// Which topics a consumer wants; `None` is a broadcast.
-type Wants = fn(Option<&str>) -> bool;
-
-/// A consumer: what it wants, and what it got.
-struct Consumer {
-    client: Client,
-    wants: Wants,
-    received: Received,
-}
-
-async fn consumers(app: &mut TestApp) -> Vec<Consumer> {
-    let kinds: [(&str, &[&str], Wants); 3] = [
-        ("a-only", &["load.a.*"], |topic| topic.is_none_or(|topic| topic.starts_with("load.a."))),
-        ("b-only", &["*.b.#", "load.b.2"], |topic| topic.is_none_or(|topic| topic.starts_with("load.b."))),
-        ("all", &["#"], |_| true),
-    ];
-    let mut consumers = Vec::new();
-    for (id, patterns, wants) in kinds {
-        consumers.push(Consumer { client: app.onboard(id, patterns).await, wants, received: Received::default() });
-    }
-    consumers
-}
 
 /// How a run goes.
 #[derive(Debug, Clone, Copy)]
@@ -56,59 +32,16 @@ struct Run {
 async fn end_under_load(kind: BrokerKind, run: Run) {
     let since = Instant::now();
     let mut app = TestApp::start_with(kind, &[]).await;
-    let consumers = consumers(&mut app).await;
-    let (load, done) = (Load::default(), Rc::new(Cell::new(false)));
-    let mut producers = Vec::new();
-    for (id, topic, manner) in [
-        ("single", "load.a.1", Manner::Single),
-        ("batch", "load.b.1", Manner::Batch(10)),
-        ("own", "load.b.2", Manner::OwnIds(5)),
-        ("own-single", "load.a.2", Manner::OwnIds(1)),
-        ("notify", "", Manner::Notify),
-    ] {
-        let client = app.onboard(id, &[]).await;
-        let load = load.clone();
-        producers.push(actix_rt::spawn(async move { load.produce(client, topic.to_owned(), manner).await }));
-    }
-    let start = |consumer: &Consumer| {
-        let (load, client, received) = (load.clone(), consumer.client.clone(), consumer.received.clone());
-        let done = Rc::clone(&done);
-        actix_rt::spawn(async move { load.consume(client, received, done).await })
-    };
-    let mut tasks: Vec<_> = consumers.iter().filter(|_| run.consuming).map(start).collect();
+    let traffic = Traffic::start(&mut app, run.consuming).await;
+    let load = traffic.load.clone();
     for end in 0..run.ends {
         // At a different point of each life, always with calls under way.
         let goal = load.accepted() + 20 + run.per_life * (end % 7) / 6;
         eventually("there is load", SOON, async || (load.accepted() >= goal).then_some(())).await;
         if run.killed { app.kill_and_restart().await } else { app.restart().await }
     }
-    load.stop();
-    for producer in producers {
-        producer.await.expect("a producer");
-    }
-    if !run.consuming {
-        tasks = consumers.iter().map(start).collect();
-    }
-    eventually("all that was accepted is received", SOON, async || {
-        // Not a count: messages whose sender had no answer come as well, perhaps before the last accepted ones.
-        let complete = |consumer: &Consumer| load.missing(&consumer.received, consumer.wants).is_empty();
-        consumers.iter().all(complete).then_some(())
-    })
-    .await;
-    for consumer in &consumers {
-        consumer.client.wait_for_depth("inbox", 0).await;
-    }
-    done.set(true);
-    for task in tasks {
-        task.await.expect("a consumer");
-    }
-    for consumer in &consumers {
-        // On a broker of its own, a kill of the router returns what was handed out behind what was not.
-        let ordered = kind == BrokerKind::Embedded;
-        load.reckon(&consumer.client.id, &consumer.received, consumer.wants, ordered);
-        let (all, distinct) = (consumer.received.len(), consumer.received.distinct());
-        println!("{}: {distinct} messages, {} copies more", consumer.client.id, all - distinct);
-    }
+    // On a broker of its own, a kill of the router returns what was handed out behind what was not.
+    traffic.finish(kind == BrokerKind::Embedded).await;
     println!("{run:?}: {} accepted in {:?}", load.accepted(), since.elapsed());
     assert!(since.elapsed() < BOUND, "took {:?}", since.elapsed());
     app.finish().await;

@@ -139,11 +139,15 @@ broker_tests! {
         assert_eq!(done["queues"]["dead"], 4);
         assert!(since.elapsed() >= Duration::from_secs(3), "{:?}", since.elapsed());
         let letters = app.admin(Method::GET, "/clients/receiver/dead-letters").send().await.ok(200);
-        for letter in letters["dead_letters"].as_array().expect("letters") {
+        let letters = letters["dead_letters"].as_array().expect("letters");
+        let distinct: BTreeSet<_> = letters.iter().map(|letter| letter["envelope"]["id"].as_str()).collect();
+        assert_eq!(distinct.len(), 4, "{letters:?}");
+        for letter in letters {
             assert_eq!((&letter["reason"], &letter["attempts"]), (&json!("delivery_failed"), &json!(3)), "{letter}");
         }
-        // The attempt that was under way when it was killed may have been made again.
-        assert!((12..=16).contains(&endpoint.count()), "{}", endpoint.count());
+        // What was under way when it was killed may have been made again, and on RabbitMQ what was copied into the retry
+        // queue and not acknowledged in the inbox is there twice.
+        assert!((12..=24).contains(&endpoint.count()), "{}", endpoint.count());
     }
 
     async fn a_rotation_of_the_secret_reaches_the_pusher_at_once(app: &mut TestApp) {

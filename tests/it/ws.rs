@@ -2,6 +2,7 @@
 
 use backbone::websocket::ConnectError;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::support::TestApp;
 use crate::support::fixture::BrokerKind;
@@ -315,4 +316,80 @@ async fn a_shutdown_closes_with_1001_and_what_was_unsettled_is_there_again() {
     assert!(app.router.wait_for_exit(SOON).await.success());
     app.router.restart().await;
     assert_eq!(messages(&a.receive_exactly(1, "").await), [json!("kept")]);
+}
+
+/// A peer by hand, which does only what it is told: no pongs, no reading.
+struct RawPeer(tokio::net::TcpStream);
+
+impl RawPeer {
+    async fn open(app: &TestApp, client: &crate::support::http::Client, credit: u32) -> Self {
+        use base64::Engine as _;
+        let login = base64::engine::general_purpose::STANDARD.encode(format!("{}:{}", client.id, client.secret));
+        let mut stream = tokio::net::TcpStream::connect(app.router.address()).await.expect("connects");
+        let handshake = format!(
+            "GET /ws HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
+             sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nauthorization: Basic {login}\r\n\r\n"
+        );
+        stream.write_all(handshake.as_bytes()).await.expect("writes");
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.expect("the handshake is answered"));
+        }
+        assert!(head.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&head));
+        // One masked text frame; a mask of zeros changes nothing.
+        let text = json!({"type": "credit", "credit": credit}).to_string();
+        let mut frame = vec![0x81, 0x80 | u8::try_from(text.len()).expect("short"), 0, 0, 0, 0];
+        frame.extend_from_slice(text.as_bytes());
+        stream.write_all(&frame).await.expect("writes");
+        Self(stream)
+    }
+}
+
+/// 45 seconds of silence are 45 seconds, so all kinds of peers in one test.
+async fn half_dead_peers_are_noticed(kind: BrokerKind) {
+    let mut app = TestApp::start_with(kind, &[]).await;
+    let mut client = async |id: &str| app.onboard(id, &[id]).await;
+    let (silent, deaf, idle) = (client("silent").await, client("deaf").await, client("idle").await);
+    silent.send("silent", json!("comes back")).await;
+    let mut gone = RawPeer::open(&app, &silent, 5).await;
+    gone.0.read_u8().await.expect("the message arrives");
+    // More than the buffers between hold, so that the router has to wait with it.
+    let body = "x".repeat(500_000);
+    for n in 0..24 {
+        deaf.send("deaf", json!([n, body])).await;
+    }
+    let never_reads = RawPeer::open(&app, &deaf, 1000).await;
+    // One that only answers pings, as every library does, is left alone.
+    let mut alive = Socket::open(&idle).await;
+    alive.credit(5).await;
+    let first = actix_rt::spawn(async move { alive.next_at_last().await });
+    let back = eventually("the silent peer's message comes back", SOON * 4, async || {
+        let mut messages = silent.receive("wait=5").await;
+        messages.pop()
+    });
+    let back = back.await;
+    assert_eq!((&back["message"], &back["deliveries"]), (&json!("comes back"), &json!(2)));
+    let mut numbers = Vec::new();
+    eventually("what the deaf peer held comes back", SOON * 4, async || {
+        numbers.extend(deaf.receive("wait=5").await.iter().map(|message| message["message"][0].clone()));
+        (numbers.len() == 24).then_some(())
+    })
+    .await;
+    numbers.sort_by_key(Value::as_u64);
+    assert_eq!(numbers, (0..24).map(Value::from).collect::<Vec<_>>());
+    idle.send("idle", json!("still there")).await;
+    let still = actix_rt::time::timeout(SOON, first).await.expect("it comes soon").expect("no panic");
+    assert_eq!((&still["message"], &still["deliveries"]), (&json!("still there"), &json!(1)));
+    drop((gone, never_reads));
+    crate::support::fixture::Fixture::finish(app).await;
+}
+
+#[actix_rt::test]
+async fn half_dead_peers_are_noticed_and_what_they_held_comes_back() {
+    half_dead_peers_are_noticed(BrokerKind::Embedded).await;
+}
+
+#[actix_rt::test]
+async fn half_dead_peers_are_noticed_on_rabbitmq_too() {
+    half_dead_peers_are_noticed(BrokerKind::RabbitmqQuorum).await;
 }

@@ -181,6 +181,7 @@ pub(super) async fn rotate(core: Rc<Core>, request: RotateSecret) -> Result<Rota
     let _turn = core.turns.take(&id).await;
     core.check_open()?;
     let mut stored = core.stored(&id)?;
+    let old_password = stored.secrets.broker_password;
     let previous_valid_until = Timestamp::now().plus_millis(i64::from(request.overlap_s) * 1000);
     let secret = match request.kind {
         SecretKind::Client => {
@@ -203,7 +204,18 @@ pub(super) async fn rotate(core: Rc<Core>, request: RotateSecret) -> Result<Rota
             secret
         }
     };
-    core.store.put(&stored).await.map_err(store_error(&id))?;
+    let password = stored.secrets.broker_password.filter(|password| Some(*password) != old_password);
+    if let Some(password) = &password {
+        core.shared.broker.set_password(&id, password).await?;
+    }
+    if let Err(error) = core.store.put(&stored).await {
+        if let Some(old) = old_password.filter(|_| password.is_some())
+            && let Err(error) = core.shared.broker.set_password(&id, &old).await
+        {
+            log::warn!("the broker has a password of {id} that nobody knows, until the next rotation: {error}");
+        }
+        return Err(store_error(&id)(error));
+    }
     core.update(&id, stored, None);
     let which = if request.kind == SecretKind::Client { "secret" } else { "webhook secret" };
     log::info!("the {which} of client {id} was rotated");

@@ -45,7 +45,7 @@ pub(super) async fn create(core: Rc<Core>, request: CreateClient) -> Result<Crea
         incarnation: rand::random::<u64>() >> 1,
         webhook_secrets: webhook_secrets.clone(),
     };
-    let (put, made) = futures_util::future::join(core.store.put(&stored), make_queues(&core, &stored.record)).await;
+    let (put, made) = futures_util::future::join(core.store.put(&stored), make_queues(&core, &stored)).await;
     if let Err(error) = put.map_err(store_error(&id)).and(made.map_err(RegistryError::from)) {
         abandon(&core, &id).await;
         return Err(error);
@@ -59,9 +59,15 @@ pub(super) async fn create(core: Rc<Core>, request: CreateClient) -> Result<Crea
     Ok(Created { record, secret, webhook_secret: webhook_secrets.map(|secrets| secrets.current().to_owned()) })
 }
 
-async fn make_queues(core: &Core, record: &ClientRecord) -> Result<(), BrokerError> {
-    core.shared.broker.declare_client(&record.client_id, &record.limits).await?;
-    core.shared.broker.bind(&record.client_id, &record.subscriptions).await
+/// Its queues, and its user where the broker has users.
+async fn make_queues(core: &Core, stored: &StoredClient) -> Result<(), BrokerError> {
+    let (broker, record) = (&core.shared.broker, &stored.record);
+    broker.declare_client(&record.client_id, &record.limits).await?;
+    broker.bind(&record.client_id, &record.subscriptions).await?;
+    match &stored.secrets.broker_password {
+        Some(password) => broker.set_password(&record.client_id, password).await,
+        None => Ok(()),
+    }
 }
 
 /// What could not be made whole is deleted: now, or when the broker is back, or at the next start.

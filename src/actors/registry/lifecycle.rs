@@ -13,7 +13,7 @@ use crate::actors::subscriber::{Redeclare, Subscriber};
 use crate::actors::supervision::{self, Lifeline, STABLE_AFTER_S};
 use crate::actors::{ActorKind, ChildEvent, ChildNews, Control, Identity, broadcaster, forwarder, publisher};
 use crate::client::ClientId;
-use crate::store::Loaded;
+use crate::store::{Loaded, StoredClient};
 
 impl Core {
     /// Takes in what the store holds: every client, and the publisher.
@@ -21,6 +21,8 @@ impl Core {
         for id in &loaded.unreadable {
             log::error!("the webhook secret of {id} cannot be read: SOAR_TOKEN_SECRET has changed; its webhook is off");
         }
+        let password = |client: &StoredClient| Some((client.record.client_id.clone(), client.secrets.broker_password?));
+        self.shared.broker.expect_passwords(loaded.clients.iter().filter_map(password).collect());
         self.launch_publisher();
         for mut client in loaded.clients {
             if let Some(webhook) = client.record.webhook.as_mut().filter(|_| client.webhook_secrets.is_none()) {

@@ -82,7 +82,7 @@ pub enum SecretKind {
 }
 
 /// Rotates a secret; the one before stays valid for `overlap_s` seconds.
-#[derive(Debug, Message)]
+#[derive(Debug, Clone, Message)]
 #[rtype(result = "Result<Rotated, RegistryError>")]
 pub struct RotateSecret {
     /// Whose.
@@ -154,6 +154,19 @@ pub struct ActorStates {
     pub subscriber: ActorState,
     /// Inbox to webhook.
     pub pusher: ActorState,
+}
+
+impl ActorStates {
+    /// The same, but those at work wait for the broker.
+    pub(super) fn waiting(self) -> Self {
+        let waits = |state| if state == ActorState::Running { ActorState::Starting } else { state };
+        Self {
+            forwarder: waits(self.forwarder),
+            broadcaster: waits(self.broadcaster),
+            subscriber: waits(self.subscriber),
+            pusher: waits(self.pusher),
+        }
+    }
 }
 
 /// Asks how all actors are, in numbers; for metrics and the console.

@@ -195,8 +195,9 @@ impl Actor for ClientRegistry {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        ctx.run_later(Duration::from_secs(FIRST_PURGE_AFTER_S), Self::purge);
-        ctx.run_interval(Duration::from_secs(PURGE_EVERY_S), Self::purge);
+        // A retention that is shorter than these, as in tests, is looked after as often.
+        ctx.run_later(Duration::from_secs(FIRST_PURGE_AFTER_S).min(self.retention), Self::purge);
+        ctx.run_interval(Duration::from_secs(PURGE_EVERY_S).min(self.retention), Self::purge);
         ctx.run_interval(Duration::from_secs(SWEEP_EVERY_S), |this, _| {
             if !this.core.leftovers.borrow().is_empty() && this.core.check_open().is_ok() {
                 actix_rt::spawn(delete::sweep(Rc::clone(&this.core)));

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::core::Core;
 use super::messages::{ActorCensus, ActorState, ActorStates, Readiness};
 use crate::actors::ActorKind;
+use crate::broker::Health;
 use crate::client::ClientId;
 
 /// Reasons that readiness names at most.
@@ -17,9 +18,12 @@ const TROUBLED_MAX: usize = 1000;
 const START_GRACE_S: u64 = 5;
 
 impl Core {
-    /// The states of a client's actors.
+    /// The states of a client's actors. While the broker is away none is at work, also one that had nothing to do when
+    /// it went, and so has not noticed.
     pub(super) fn states(&self, id: &ClientId) -> Option<ActorStates> {
-        self.with(id, |client| client.states())
+        let states = self.with(id, |client| client.states())?;
+        let is_away = matches!(self.shared.broker.health(), Health::Unreachable(_));
+        Some(if is_away { states.waiting() } else { states })
     }
 
     /// See [`ActorCensus`]. Looks at every actor: a millisecond for ten thousand clients.

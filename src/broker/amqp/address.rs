@@ -42,7 +42,7 @@ impl Addresses {
         &self.uris[attempt % self.uris.len()]
     }
 
-    /// How many there are.
+    /// How many addresses there are: one a node.
     pub(super) fn count(&self) -> usize {
         self.uris.len()
     }
@@ -83,7 +83,7 @@ mod tests {
     #[test]
     fn defaults_are_filled_in_and_what_is_given_stays() {
         let one = Addresses::parse("amqp://me:secret@rabbit:5673/%2f").expect("an address");
-        assert_eq!((one.count(), one.user(), one.vhost()), (1, Some("me"), "/"));
+        assert_eq!((one.uris.len(), one.user(), one.vhost()), (1, Some("me"), "/"));
         assert_eq!(one.nth(5).query.frame_max, Some(FRAME_BYTES_MAX));
         assert_eq!(one.nth(0).query.heartbeat, Some(HEARTBEAT_S));
         assert_eq!(Addresses::display(one.nth(0)), "amqp://rabbit:5673/");

@@ -1,20 +1,32 @@
 //! Declaring, binding, deleting and counting.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt as _;
 
 use super::clients::Client;
-use super::error::{Fault, broker_error, db_error, fault_of};
+use super::error::{Fault, broker_error, db_error, fault_of, with_cause};
+use super::seal::Own;
 use super::session::Session;
 use super::{Shared, state, topology};
 use crate::broker::{BrokerError, BrokerErrorKind, Depths, Queue};
 use crate::client::{ClientId, Limits};
+use crate::config::QueueType;
 use crate::time::Timestamp;
 use crate::topic::Pattern;
 
 /// Clients declared side by side after a reconnect.
 const DECLARE_AT_ONCE: usize = 16;
+
+/// How soon a queue is counted again whose leader may still be reading what it has.
+const COUNT_AGAIN_AFTER: Duration = Duration::from_millis(50);
+
+/// How often it is.
+const LOOKS_MAX: u32 = 4;
+
+/// How long counting waits for somebody who looks at the client's dead letters.
+const DEAD_TURN_WITHIN: Duration = Duration::from_secs(2);
 
 /// Messages of an inbox.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +53,7 @@ impl Shared {
                 self.declare_queues(&session, &id).await.map_err(fail)?;
             }
             self.seal().await?;
+            session.note_led(topology::client_queues(&id));
             state::note_sealed(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
         }
         let client = self.clients.put(&id, since_ms, &limits);
@@ -50,7 +63,7 @@ impl Shared {
 
     /// Declares a client's queues, and what else is its own.
     async fn declare_queues(&self, session: &Session, id: &ClientId) -> Result<(), lapin::Error> {
-        let (kind, has_users) = (self.options.queue_type, self.management.is_some());
+        let (kind, has_users) = (self.options.queue_type, self.users.is_some());
         let declared = session.control(async |channel| topology::declare_client(channel, id, kind).await).await;
         match declared {
             // The stand-in for an earlier client of this name, if that is what is in the way.
@@ -128,10 +141,11 @@ impl Shared {
         if let Some(client) = self.clients.get(&id) {
             client.end();
         }
-        if let Some(management) = &self.management {
-            // First, so that it cannot write any more.
-            management.delete_user(&id).await?;
-        }
+        // First, so that it cannot write any more. When that cannot be done now, everything else is all the same.
+        let without_user = match &self.users {
+            Some(users) => users.remove(&id).await,
+            None => Ok(()),
+        };
         let fail = |error| broker_error(&action, error);
         session.control(async |channel| topology::delete_client(channel, &id).await).await.map_err(fail)?;
         let now_s = Timestamp::now().as_millis().div_euclid(1000);
@@ -143,6 +157,7 @@ impl Shared {
             let made = session.control(async |channel| topology::declare_stand_in(channel, &id, expires_s).await).await;
             made.map_err(fail)?;
         }
+        without_user?;
         state::forget_client(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
         self.clients.remove(&id);
         Ok(())
@@ -153,7 +168,13 @@ impl Shared {
         let kind = self.options.queue_type;
         let internal = session.control(async |channel| topology::declare_internal(channel, kind).await).await;
         internal.map_err(|error| broker_error("declare the backbone's own queues and exchanges", error))?;
-        let clients = self.clients.all();
+        if kind == QueueType::Quorum {
+            for name in [topology::PUBLISH, topology::UNROUTED] {
+                self.seal_own(session, name, Own::Internal(kind)).await?;
+            }
+        }
+        // One whose deletion is not finished yet is to have nothing again.
+        let clients: Vec<_> = self.clients.all().into_iter().filter(|client| !client.is_gone()).collect();
         let mut declared = futures_util::stream::iter(clients)
             .map(|client| async move {
                 let declared = self.declare_again(session, &client).await;
@@ -167,7 +188,7 @@ impl Shared {
             }
             // One client's trouble is not everybody's.
             let error = broker_error(format!("declare the queues of {}", client.id), error);
-            log::error!("{error}");
+            client.tell(&with_cause(&error));
         }
         Ok(())
     }
@@ -182,31 +203,67 @@ impl Shared {
     pub(super) async fn repair(&self, client: Option<&Client>) {
         let Ok(session) = self.session("declare again") else { return };
         let kind = self.options.queue_type;
-        let result = match client {
-            Some(client) if client.is_gone() => return,
-            Some(client) => self.declare_again(&session, client).await,
-            None => session.control(async |channel| topology::declare_internal(channel, kind).await).await,
-        };
-        if let Err(error) = result {
-            let whose = client.map_or("the backbone", |client| client.id.as_str());
-            log::warn!("cannot declare what belongs to {whose} again: {error}");
+        match client {
+            Some(client) if client.is_gone() => {}
+            Some(client) => match self.declare_again(&session, client).await {
+                Ok(()) => client.is_well(),
+                Err(error) if fault_of(&error) == Fault::Connection => {
+                    log::debug!("declaring the queues of {} again waits: {error}", client.id);
+                }
+                Err(error) => {
+                    let error = broker_error(format!("declare the queues of {}", client.id), error);
+                    client.tell(&with_cause(&error));
+                }
+            },
+            None => {
+                let declared = session.control(async |channel| topology::declare_internal(channel, kind).await).await;
+                if let Err(error) = declared {
+                    let error = broker_error("declare the backbone's own queues and exchanges again", error);
+                    log::warn!("{}", with_cause(&error));
+                }
+            }
         }
     }
 
     /// After an error of a consumer: declares its queue again when that was the reason.
     pub(super) async fn repair_queue(&self, queue: &Queue, error: &lapin::Error) {
-        if fault_of(error) == Fault::NotFound {
-            log::warn!("queue {queue} was deleted by somebody else; it is declared again");
-            self.repair(self.clients.owner(queue).as_deref()).await;
+        match fault_of(error) {
+            Fault::NotFound => {
+                log::warn!("queue {queue} was deleted by somebody else; it is declared again");
+                self.repair(self.clients.owner(queue).as_deref()).await;
+            }
+            Fault::Refused => {
+                if let Some(client) = self.clients.owner(queue) {
+                    set_apart_if_refused(&client, &queue.to_string(), error);
+                }
+            }
+            Fault::Conflict | Fault::Channel | Fault::Connection => {}
         }
     }
 
     /// Messages that are ready in a queue.
     pub(super) async fn count_ready(&self, name: &str) -> Result<u64, BrokerError> {
         let action = format!("count queue {name}");
-        let session = self.session(&action)?;
-        let counted = session.control(async |channel| topology::count(channel, name).await).await;
-        counted.map_err(|error| broker_error(action, error))
+        let mut looks = 0;
+        loop {
+            let session = self.session(&action)?;
+            let counted = session.control(async |channel| topology::count(channel, name).await).await;
+            let ready = counted.map_err(|error| broker_error(&action, error))?;
+            if self.options.queue_type == QueueType::Classic || session.counts_are_sure(name) {
+                return Ok(ready);
+            }
+            if ready == 0 && session.answers(name).await {
+                session.note_led([name.to_owned()]);
+                continue;
+            }
+            tokio::time::sleep(COUNT_AGAIN_AFTER).await;
+            let again = session.control(async |channel| topology::count(channel, name).await).await;
+            looks += 1;
+            // One that is busy never says the same twice.
+            if ready > 0 && (looks > LOOKS_MAX || again.is_ok_and(|again| again == ready)) {
+                return Ok(ready);
+            }
+        }
     }
 
     /// Messages of a queue that has no puller: ready, and in consumers of this process.
@@ -254,6 +311,8 @@ impl Shared {
         let action = format!("count the messages of {id}");
         self.session(&action)?;
         let client = self.clients.get(id).ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, action))?;
+        // While somebody looks at its dead letters they are not ready; what is told then is as it was, or too little.
+        let _turn = tokio::time::timeout(DEAD_TURN_WITHIN, client.dead_turn.acquire()).await;
         let counted = self.count_all(&client).await;
         match counted {
             Err(error) if error.kind == BrokerErrorKind::NotFound => {
@@ -283,6 +342,15 @@ impl Shared {
         let publish = self.count(&Queue::Publish, None).await?;
         let unrouted = self.count(&Queue::Unrouted, None).await?;
         Ok(vec![(topology::PUBLISH, publish), (topology::UNROUTED, unrouted)])
+    }
+}
+
+/// Sets a client apart that has kept its queue from being read.
+pub(super) fn set_apart_if_refused(client: &Client, queue: &str, error: &lapin::Error) {
+    // All that wait for an answer on a channel are told the error that closed it; it names the one whose fault it is.
+    let is_its_own = fault_of(error) == Fault::Refused && error.to_string().contains(&format!("'{queue}'"));
+    if is_its_own && client.set_apart() {
+        log::warn!("{queue} cannot be read: {error}; it is read apart from others from now on");
     }
 }
 

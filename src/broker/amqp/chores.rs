@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::link::{Link, wait_up};
-use super::{Shared, limits, state};
+use super::{Shared, limits, state, users};
 use crate::time::Timestamp;
 
 /// How often old ids and past delays are forgotten.
@@ -26,6 +26,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
         () = forget(&shared) => {}
         () = audit(&shared) => {}
         () = mend(&shared) => {}
+        () = users::keep(&shared) => {}
     }
 }
 

@@ -8,6 +8,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::Semaphore;
 
 use super::consumer::ConsumerCore;
+use super::link::Told;
 use super::pull::Puller;
 use super::state::StoredClient;
 use crate::broker::Queue;
@@ -30,8 +31,12 @@ pub(super) struct Client {
     next_look_s: AtomicU64,
     /// Deleted: its consumers end.
     gone: AtomicBool,
+    /// RabbitMQ has refused to let its inbox be read. See [`Client::set_apart`].
+    apart: AtomicBool,
     consumers: Mutex<Vec<Weak<ConsumerCore>>>,
     puller: Mutex<Option<Arc<Puller>>>,
+    /// What the log was told of trouble with its queues.
+    told: Mutex<Told>,
     /// Looking at dead letters, replaying and purging take turns.
     pub(super) dead_turn: Semaphore,
 }
@@ -47,8 +52,10 @@ impl Client {
             delayed: Mutex::default(),
             next_look_s: AtomicU64::new(0),
             gone: AtomicBool::new(false),
+            apart: AtomicBool::new(false),
             consumers: Mutex::default(),
             puller: Mutex::default(),
+            told: Mutex::default(),
             dead_turn: Semaphore::new(1),
         }
     }
@@ -73,9 +80,33 @@ impl Client {
         self.next_look_s.store(second, Ordering::Relaxed);
     }
 
+    /// Logs trouble with its queues, unless that was just done.
+    pub(super) fn tell(&self, trouble: &str) {
+        if self.told.lock().is_news(trouble) {
+            log::error!("{trouble}");
+        }
+    }
+
+    /// Its queues are all right.
+    pub(super) fn is_well(&self) {
+        self.told.lock().forget();
+    }
+
     /// Whether it was deleted.
     pub(super) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Acquire)
+    }
+
+    /// Its inbox is read on a channel apart from now on, for as long as this process lives: a client that keeps its
+    /// inbox to itself (an exclusive AMQP consumer) has RabbitMQ close the channel on which anybody else tries to read
+    /// it, under all consumers of that channel. Returns whether this is new.
+    pub(super) fn set_apart(&self) -> bool {
+        !self.apart.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether its inbox is read on a channel apart.
+    pub(super) fn is_apart(&self) -> bool {
+        self.apart.load(Ordering::Acquire)
     }
 
     /// Ends its consumers and its pulls.

@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -18,13 +18,21 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 use super::Shared;
 use super::clients::Client;
 use super::held::Held;
-use super::intake::Subscription;
+use super::intake::{IntakeChannel, Left, Subscription};
 use super::link::wait_up;
 use super::settle;
 use crate::broker::{BrokerError, Consume, Delivery, Queue, Settle, Settlement};
 
 /// Largest prefetch that the protocol can name.
 const PREFETCH_MAX: u32 = u16::MAX as u32;
+
+/// Bytes that a consumer should hold at most, and messages that it may hold however long they are. A prefetch counts
+/// messages; without this a backlog of long ones would be in memory a thousand at a time.
+const HELD_BYTES: usize = 16 << 20;
+const HELD_MIN: usize = 16;
+
+/// How long a message is taken to be before one was seen, in bytes: long, so that the first batch cannot be too much.
+const SIZE_AT_FIRST: usize = 256 << 10;
 
 /// Time before a failed subscription is tried again; doubled up to the second.
 const RETRY_MIN: Duration = Duration::from_millis(50);
@@ -39,6 +47,8 @@ pub(super) struct ConsumerCore {
     /// Whose queue it is, if it is somebody's.
     pub(super) client: Option<Arc<Client>>,
     prefetch: AtomicU32,
+    /// How long its messages are, in bytes: an average of the last ones; 0 when none was seen.
+    average_size: AtomicUsize,
     /// Something that `next` waits for has changed.
     changed: Notify,
     state: Mutex<State>,
@@ -50,11 +60,28 @@ pub(super) struct ConsumerCore {
 #[derive(Default)]
 struct State {
     subscription: Option<Subscription>,
-    /// Handed to this process, not to anybody in it.
+    /// Whether it may keep what comes back: until it is paused or dropped.
+    is_open: bool,
+    /// Handed to this process, not to anybody in it, in the order in which it came.
     buffer: VecDeque<Held>,
     /// Handed out and not settled.
     unsettled: HashMap<u64, Held>,
+    next_place: u64,
     next_tag: u64,
+}
+
+impl State {
+    /// A delivery has come.
+    fn arrive(&mut self, held: Held) {
+        self.buffer.push_back(Held { place: self.next_place, ..held });
+        self.next_place += 1;
+    }
+
+    /// One that was handed out goes back to its place.
+    fn put_back(&mut self, held: Held) {
+        let at = self.buffer.partition_point(|other| other.place < held.place);
+        self.buffer.insert(at, held);
+    }
 }
 
 impl ConsumerCore {
@@ -80,19 +107,14 @@ impl ConsumerCore {
 
     /// Takes what RabbitMQ has handed over into the buffer. Returns false when the subscription has ended.
     fn take_in(&self, state: &mut State, context: Option<&mut std::task::Context<'_>>) -> bool {
-        let State { subscription, buffer, .. } = state;
-        let Some(subscription) = subscription else { return true };
         let mut nobody = std::task::Context::from_waker(std::task::Waker::noop());
         let context = context.unwrap_or(&mut nobody);
         loop {
+            let Some(subscription) = &mut state.subscription else { return true };
             match subscription.consumer.poll_next_unpin(context) {
                 Poll::Ready(Some(Ok(delivery))) => {
-                    let (shared, channel) = (&self.shared, &subscription.channel);
-                    let trusted = shared.trusted(&self.queue);
-                    let held = Held::new(delivery, channel, &self.name, trusted, &shared.memory);
-                    if let Some(held) = settle::admit(shared, &self.queue, held) {
-                        buffer.push_back(held);
-                    }
+                    let channel = Arc::clone(&subscription.channel);
+                    self.arrive(state, delivery, &channel);
                 }
                 Poll::Ready(Some(Err(_)) | None) => return false,
                 Poll::Pending => return true,
@@ -100,8 +122,30 @@ impl ConsumerCore {
         }
     }
 
+    fn arrive(&self, state: &mut State, delivery: lapin::message::Delivery, channel: &Arc<IntakeChannel>) {
+        self.note_size(delivery.data.len());
+        let shared = &self.shared;
+        let held = Held::new(delivery, channel, &self.name, shared.trusted(&self.queue), &shared.memory);
+        if let Some(held) = settle::admit(shared, &self.queue, held) {
+            state.arrive(held);
+        }
+    }
+
+    fn note_size(&self, size: usize) {
+        let average = match self.average_size.load(Ordering::Relaxed) {
+            // None was seen before.
+            0 => size,
+            average => (average * 7 + size) / 8,
+        };
+        self.average_size.store(average.max(1), Ordering::Relaxed);
+    }
+
     /// Hands out up to `max`, as far as the prefetch allows.
     fn hand_out(&self, state: &mut State, max: usize) -> Vec<Delivery> {
+        // What came on a channel that is gone comes again.
+        if state.buffer.front().is_some_and(|held| !held.channel.is_alive()) {
+            state.buffer.retain(|held| held.channel.is_alive());
+        }
         let prefetch = self.prefetch.load(Ordering::Relaxed) as usize;
         let room = prefetch.saturating_sub(state.unsettled.len());
         let count = max.min(room).min(state.buffer.len());
@@ -130,12 +174,21 @@ impl ConsumerCore {
         self.changed.notify_one();
     }
 
-    /// Gives messages back that were handed out.
+    /// Gives messages back that were handed out. They are the next that this consumer hands out, in their old order:
+    /// through RabbitMQ they would come behind what it was handed meanwhile. When the consumer goes, they go back to the
+    /// queue with all that it holds.
     pub(super) fn return_handed(&self, held: impl IntoIterator<Item = Held>) {
-        for held in held {
-            self.shared.memory.note(held.key, held.before + 1);
-            held.channel.give_back([held.tag]);
+        let mut state = self.state.lock();
+        for mut held in held {
+            held.before += 1;
+            if state.is_open && held.channel.is_alive() {
+                state.put_back(held);
+            } else {
+                self.shared.give_back(&held);
+            }
         }
+        drop(state);
+        self.changed.notify_one();
     }
 
     /// The subscription has ended by itself: its channel was closed, or its queue deleted. What nobody has seen comes
@@ -143,8 +196,7 @@ impl ConsumerCore {
     fn lose(&self, state: &mut State) -> bool {
         let ended = state.subscription.take();
         for held in state.buffer.drain(..) {
-            self.shared.memory.note(held.key, held.before);
-            held.channel.give_back([held.tag]);
+            self.shared.give_back(&held);
         }
         ended.is_some_and(|subscription| subscription.channel.is_alive())
     }
@@ -152,13 +204,22 @@ impl ConsumerCore {
     /// Ends the subscription, and gives back what nobody has seen.
     fn unsubscribe(&self, state: &mut State) {
         let shared = &self.shared;
-        for held in state.buffer.drain(..) {
-            shared.memory.note(held.key, held.before);
-            held.channel.give_back([held.tag]);
+        state.is_open = false;
+        let outstanding = state.buffer.len() + state.unsettled.len();
+        let buffer = state.buffer.drain(..);
+        match state.subscription.take() {
+            Some(subscription) => shared.end_subscription(&self.queue, subscription, buffer, outstanding, None),
+            None => buffer.for_each(|held| shared.give_back(&held)),
         }
-        if let Some(subscription) = state.subscription.take() {
-            shared.end_subscription(&self.queue, subscription, None);
-        }
+    }
+
+    /// Ends the subscription to begin another, and keeps what it has brought. Returns what will have been on its way.
+    fn renew(&self, state: &mut State) -> Option<Rest> {
+        let subscription = state.subscription.take()?;
+        let channel = Arc::clone(&subscription.channel);
+        let (sender, rest) = oneshot::channel();
+        self.shared.intake(&self.queue).end(&self.shared.thread, subscription, Left::Kept(sender));
+        Some((channel, rest))
     }
 
     fn has_ended(&self) -> bool {
@@ -178,14 +239,18 @@ impl Settle for ConsumerCore {
     fn give_back(&self, tag: u64) {
         if let Some(held) = self.take(tag) {
             self.return_handed([held]);
-            self.settled();
         }
     }
 }
 
+/// What an ended subscription had on its way, when that is known; and where it came.
+type Rest = (Arc<IntakeChannel>, oneshot::Receiver<Vec<lapin::message::Delivery>>);
+
 /// See the module.
 pub(super) struct AmqpConsumer {
     core: Arc<ConsumerCore>,
+    /// What the subscription before had on its way.
+    rest: Option<Rest>,
     /// The answer to a subscription that is under way: kept here, so that nothing is lost when `next` is dropped.
     pending: Option<oneshot::Receiver<Result<Subscription, lapin::Error>>>,
     failures: u32,
@@ -202,6 +267,7 @@ impl AmqpConsumer {
             queue,
             client,
             prefetch: AtomicU32::new(prefetch),
+            average_size: AtomicUsize::new(0),
             changed: Notify::new(),
             state: Mutex::default(),
             turn: Arc::new(Semaphore::new(1)),
@@ -211,19 +277,45 @@ impl AmqpConsumer {
             Some(client) => client.add_consumer(&core),
             None => core.shared.add_consumer(&core),
         }
-        Self { core, pending: None, failures: 0, was_cancelled: false }
+        Self { core, rest: None, pending: None, failures: 0, was_cancelled: false }
     }
 
     /// The prefetch to ask RabbitMQ for.
     fn wanted(&self) -> u16 {
-        let prefetch = self.core.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
-        u16::try_from(prefetch).expect("it was bounded")
+        let asked = self.core.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
+        let size = match self.core.average_size.load(Ordering::Relaxed) {
+            0 => SIZE_AT_FIRST,
+            size => size,
+        };
+        let fitting = HELD_BYTES / size;
+        let fitting = u32::try_from(fitting.max(HELD_MIN)).unwrap_or(PREFETCH_MAX);
+        u16::try_from(asked.min(fitting)).expect("it was bounded")
+    }
+
+    /// Whether RabbitMQ is to be told anew: when more may be held, and when less fits by far. Otherwise
+    /// handing out less is enough, and a consumer that comes and goes with every change of sizes helps nobody.
+    fn is_unfit(&self, current: u16) -> bool {
+        let wanted = self.wanted();
+        let asked = self.core.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
+        let is_more = wanted > current && (u32::from(wanted) == asked || wanted / 2 >= current);
+        is_more || wanted <= current / 4 && u32::from(current) <= asked
     }
 
     /// Subscribes, or waits for what is in the way of that. Safe to drop.
     async fn subscribe(&mut self) {
         let core = Arc::clone(&self.core);
         let shared = &core.shared;
+        if let Some((channel, rest)) = &mut self.rest {
+            let rest = rest.await.unwrap_or_default();
+            let mut state = core.state.lock();
+            for delivery in rest {
+                core.arrive(&mut state, delivery, channel);
+            }
+            drop(state);
+            self.rest = None;
+            // It may have been paused meanwhile.
+            return;
+        }
         if self.pending.is_none() {
             if self.failures > 0 {
                 let wait = RETRY_MIN.saturating_mul(1 << (self.failures - 1).min(10)).min(RETRY_MAX);
@@ -259,7 +351,9 @@ impl AmqpConsumer {
         match answer {
             Ok(Ok(subscription)) => {
                 self.failures = 0;
-                core.state.lock().subscription = Some(subscription);
+                let mut state = core.state.lock();
+                state.subscription = Some(subscription);
+                state.is_open = true;
             }
             Ok(Err(error)) => {
                 self.failures += 1;
@@ -309,14 +403,14 @@ impl Consume for AmqpConsumer {
             let subscribed = {
                 let mut state = self.core.state.lock();
                 let current = state.subscription.as_ref().map(|subscription| subscription.prefetch);
-                // Paused, or to be handed more than RabbitMQ was told: it is told anew. For less, handing out less is
-                // enough.
-                if current.is_some_and(|current| wanted == 0 || wanted > current) {
+                if wanted == 0 {
                     self.core.unsubscribe(&mut state);
+                } else if current.is_some_and(|current| self.is_unfit(current)) {
+                    self.rest = self.core.renew(&mut state);
                 }
                 state.subscription.is_some()
             };
-            if wanted == 0 && self.pending.is_none() {
+            if wanted == 0 && self.pending.is_none() && self.rest.is_none() {
                 self.core.changed.notified().await;
             } else if !subscribed {
                 self.subscribe().await;
@@ -334,9 +428,23 @@ impl Consume for AmqpConsumer {
 
 impl Drop for AmqpConsumer {
     fn drop(&mut self) {
+        if let Some((channel, mut rest)) = self.rest.take() {
+            rest.close();
+            if let Ok(rest) = rest.try_recv() {
+                let mut state = self.core.state.lock();
+                for delivery in rest {
+                    self.core.arrive(&mut state, delivery, &channel);
+                }
+            }
+        }
         let mut state = self.core.state.lock();
         self.core.unsubscribe(&mut state);
-        // A subscription that is under way is ended by its channel's task when it finds nobody to give it to.
-        self.pending = None;
+        // One that is under way is ended by its channel's task when it finds nobody to give it to; but it may be here.
+        if let Some(mut pending) = self.pending.take() {
+            pending.close();
+            if let Ok(Ok(subscription)) = pending.try_recv() {
+                self.core.shared.end_subscription(&self.core.queue, subscription, [], 0, None);
+            }
+        }
     }
 }

@@ -49,6 +49,7 @@ impl Shared {
         loop {
             let (chunk, _) = harvest.next(CHUNK).await?;
             if chunk.is_empty() {
+                harvest.finish().await;
                 return Ok(page);
             }
             for delivery in chunk {
@@ -61,6 +62,7 @@ impl Shared {
                 }
                 if page.dead_letters.len() == limit || bytes >= PAGE_BYTES_MAX {
                     page.next = page.dead_letters.last().map(|last| last.id.clone());
+                    harvest.finish().await;
                     return Ok(page);
                 }
                 bytes += wire::body(&dead.payload).len();
@@ -116,6 +118,7 @@ impl Shared {
                 return Err(refused(&action, &why, &home(&id, origin).to_string()));
             }
         }
+        harvest.finish().await;
         Ok(replayed)
     }
 
@@ -171,6 +174,7 @@ impl Shared {
                 break;
             }
         }
+        harvest.finish().await;
         Ok(purged)
     }
 }

@@ -62,6 +62,15 @@ pub(super) fn unavailable(action: impl Into<String>) -> BrokerError {
     BrokerError::new(BrokerErrorKind::Unavailable, action)
 }
 
+/// The error with what is below it, for the log.
+pub(super) fn with_cause(error: &BrokerError) -> String {
+    match std::error::Error::source(error) {
+        // What a conflict is about is in its text.
+        Some(cause) if error.kind != BrokerErrorKind::Conflict => format!("{error}: {cause}"),
+        _ => error.to_string(),
+    }
+}
+
 /// A failed look-up or note in the file as a broker error.
 pub(super) fn db_error(action: impl Into<String>, error: DbError) -> BrokerError {
     let kind = match error.kind {

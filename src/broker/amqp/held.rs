@@ -35,6 +35,8 @@ pub(super) struct Held {
     pub(super) tag: u64,
     /// What it is remembered by.
     pub(super) key: u64,
+    /// Its place among what its consumer was handed.
+    pub(super) place: u64,
     /// It was settled for good before, and RabbitMQ lost that.
     pub(super) is_gone: bool,
 }
@@ -52,18 +54,20 @@ impl Held {
         let read = wire::read(&properties, data, trusted);
         let key = key_of(queue, &read);
         let before = if redelivered { memory.recall(key, &read) } else { read.counts.deliveries };
-        let is_gone = redelivered && memory.is_gone(key);
+        // Not only what is marked as redelivered: a classic queue that was killed may have lost the mark as well.
+        let is_gone = memory.is_gone(key);
         let Read { payload, counts, .. } = read;
-        Self { payload, counts, before, channel: Arc::clone(channel), tag, key, is_gone }
+        Self { payload, counts, before, channel: Arc::clone(channel), tag, key, place: 0, is_gone }
     }
 }
 
-/// What a message is recognised by when it comes back: the queue, and its sender and id. Foreign ones by their bytes.
+/// What a message is recognised by when it comes back: the queue, and its sender, id and time. The time tells it from a
+/// later one for which the sender chose the same id, after the dedup window. Foreign ones by their bytes.
 fn key_of(queue: &str, read: &Read) -> u64 {
     let mut hasher = std::hash::DefaultHasher::new();
     queue.hash(&mut hasher);
     match &read.payload {
-        Payload::Message(message) => (&message.sender, &message.id).hash(&mut hasher),
+        Payload::Message(message) => (&message.sender, &message.id, message.sent_at.as_millis()).hash(&mut hasher),
         Payload::Foreign(foreign) => (&foreign.body, &foreign.message_id).hash(&mut hasher),
     }
     hasher.finish()
@@ -110,6 +114,15 @@ impl ReturnMemory {
             {
                 inner.gone.remove(&oldest);
             }
+        }
+    }
+
+    /// Takes that back: they were not handed to anybody after all.
+    pub(super) fn forget_gone(&self, keys: impl IntoIterator<Item = u64>) {
+        let mut inner = self.inner.lock();
+        for key in keys {
+            // It is in the order still, and goes when its turn comes.
+            inner.gone.remove(&key);
         }
     }
 

@@ -1,12 +1,13 @@
 //! Consuming: a fixed set of channels, which all consumers share.
 //!
 //! A channel is opened when it is first needed and again after it was closed; its consumers then subscribe again. Each
-//! has a task that subscribes and unsubscribes, one after the other, because a prefetch is set for the next consumer of
-//! a channel. Acknowledgements do not go through the task: they are put in line by whoever settles.
+//! has a task that subscribes and unsubscribes; for one queue one after the other, so that order holds from one consumer
+//! to the next. Acknowledgements do not go through the task: they are put in line by whoever settles.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
@@ -19,7 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::acks::AckTracker;
 use super::link::Link;
 use super::runtime::AmqpThread;
-use super::session::{Role, Session, within};
+use super::session::{Role, within};
 use super::topology;
 use super::wire::short;
 
@@ -85,6 +86,11 @@ impl IntakeChannel {
         }
     }
 
+    /// Messages that are ready in a queue.
+    async fn count(&self, queue: &str) -> Result<u64, lapin::Error> {
+        within(CALL_TIMEOUT, topology::count(&self.channel, queue)).await
+    }
+
     /// Resolves when everything is here that RabbitMQ had put on its way from `queue` to this channel's consumers when
     /// this was called.
     /// Returns how many more were ready.
@@ -106,15 +112,45 @@ pub(super) struct Subscription {
     pub(super) channel: Arc<IntakeChannel>,
     /// How much it may be handed unsettled.
     pub(super) prefetch: u16,
+    /// The queue's name.
+    queue: String,
 }
 
-/// What to do with deliveries that nobody looked at, before they are given back.
-type Left = Box<dyn FnOnce(Vec<Delivery>) + Send>;
+/// What becomes of what a subscription was handed and nobody took, when it ends.
+pub(super) enum Left {
+    /// It goes back to the queue: these first, which were taken out of it and not settled; then what nobody looked at,
+    /// once that has been noted. `outstanding` were taken out and are not settled, these included.
+    Back {
+        first: Vec<u64>,
+        outstanding: usize,
+        note: Box<dyn FnOnce(Vec<Delivery>) + Send>,
+        ended: Option<oneshot::Sender<()>>,
+    },
+    /// What nobody looked at is wanted still, on the same channel.
+    Kept(oneshot::Sender<Vec<Delivery>>),
+}
+
+impl Left {
+    /// Everything goes back; nobody has looked at anything.
+    fn all() -> Self {
+        Self::Back { first: Vec::new(), outstanding: 0, note: Box::new(drop), ended: None }
+    }
+}
 
 enum Command {
     Subscribe { queue: String, prefetch: u16, reply: oneshot::Sender<Result<Subscription, lapin::Error>> },
-    End { subscription: Subscription, left: Left, ended: Option<oneshot::Sender<()>> },
+    End { subscription: Subscription, left: Left },
 }
+
+/// How long the end of a subscription waits for what RabbitMQ may hand out still.
+const GATHER_WITHIN: Duration = Duration::from_millis(250);
+
+/// Deliveries given back at a time when a subscription ends. RabbitMQ's channel sends a quorum queue no more than 32
+/// commands without an answer, and keeps what comes then for later: behind a consumer that begins meanwhile.
+const BACK_AT_ONCE: usize = 16;
+
+/// How long these may take to be in their queue again, until the next ones follow anyway.
+const BACK_WITHIN: Duration = Duration::from_secs(1);
 
 /// One channel of the set, with its task.
 pub(super) struct Intake {
@@ -141,18 +177,10 @@ impl Intake {
         self.commands.send(command).await.ok().map(|()| receiver)
     }
 
-    /// Ends a subscription. What it was handed and nobody looked at is given to `left`, in order, then given back; then
-    /// `ended` is told.
-    pub(super) fn end(
-        &self,
-        thread: &AmqpThread,
-        subscription: Subscription,
-        left: impl FnOnce(Vec<Delivery>) + Send + 'static,
-        ended: Option<oneshot::Sender<()>>,
-    ) {
+    /// Ends a subscription.
+    pub(super) fn end(&self, thread: &AmqpThread, subscription: Subscription, left: Left) {
         let commands = self.commands.clone();
-        let command = Command::End { subscription, left: Box::new(left), ended };
-        if let Err(error) = commands.try_send(command) {
+        if let Err(error) = commands.try_send(Command::End { subscription, left }) {
             let (mpsc::error::TrySendError::Full(command) | mpsc::error::TrySendError::Closed(command)) = error;
             thread.spawn(async move {
                 // When the task is gone so are the channel and all its deliveries.
@@ -165,64 +193,99 @@ impl Intake {
 /// Tells consumers apart; unique, so that a late answer cannot be taken for another's.
 static NEXT_TAG: AtomicU64 = AtomicU64::new(1);
 
+/// The channel of an intake while it is open, and the prefetch that its next consumer would get.
+type Open = Arc<tokio::sync::Mutex<Option<(Arc<IntakeChannel>, u16)>>>;
+
 async fn run(
     handle: tokio::runtime::Handle,
     role: Role,
     link: watch::Receiver<Link>,
     mut commands: mpsc::Receiver<Command>,
 ) {
-    let mut open: Option<(Arc<IntakeChannel>, u16)> = None;
+    let open = Open::default();
+    let mut turns = Turns::default();
     while let Some(command) = commands.recv().await {
         match command {
             Command::Subscribe { queue, prefetch, reply } => {
-                let session = match &*link.borrow() {
-                    Link::Up(session) => Some(Arc::clone(session)),
-                    Link::Down(_) | Link::Closed => None,
-                };
-                let channel = match session {
-                    Some(session) => opened(role, &session, &mut open).await,
-                    None => Err(std::io::Error::from(std::io::ErrorKind::NotConnected).into()),
-                };
-                match channel {
-                    Ok((channel, current)) => {
-                        let begun = begin(channel, current, &queue, prefetch);
-                        handle.spawn(async move {
-                            if let Err(Ok(orphan)) = reply.send(begun.await) {
-                                end(orphan, drop).await;
-                            }
-                        });
-                    }
-                    // Nobody waits for it any more, or is told that it failed.
-                    Err(error) => drop(reply.send(Err(error))),
-                }
-            }
-            Command::End { subscription, left, ended } => {
+                let (turn, open, link) = (turns.next(&queue), Arc::clone(&open), link.clone());
                 handle.spawn(async move {
-                    end(subscription, left).await;
-                    if let Some(ended) = ended {
-                        // Who asked may be gone.
-                        let _ = ended.send(());
+                    let _turn = turn.begin().await;
+                    let answer = subscribe(role, &link, &open, &queue, prefetch).await;
+                    // Nobody waits for it any more, or is told.
+                    if let Err(Ok(orphan)) = reply.send(answer) {
+                        end(orphan, Left::all()).await;
                     }
+                });
+            }
+            Command::End { subscription, left } => {
+                let turn = turns.next(&subscription.queue);
+                handle.spawn(async move {
+                    let _turn = turn.begin().await;
+                    end(subscription, left).await;
                 });
             }
         }
     }
 }
 
-/// The open channel, and the prefetch that its next consumer would get.
-async fn opened<'a>(
+/// Commands for one queue are carried out one after the other. A consumer that begins while what an earlier one was
+/// handed is still on its way back would be handed what is behind that first, and order would be lost.
+#[derive(Default)]
+struct Turns {
+    last: HashMap<String, oneshot::Receiver<()>>,
+    /// Those that are over are forgotten when there are more than this.
+    forget_at: usize,
+}
+
+struct Turn {
+    before: Option<oneshot::Receiver<()>>,
+    /// Dropped when the turn is over.
+    over: oneshot::Sender<()>,
+}
+
+impl Turns {
+    fn next(&mut self, queue: &str) -> Turn {
+        if self.last.len() > self.forget_at {
+            self.last.retain(|_, over| matches!(over.try_recv(), Err(oneshot::error::TryRecvError::Empty)));
+            self.forget_at = 2 * self.last.len() + 16;
+        }
+        let (over, receiver) = oneshot::channel();
+        Turn { before: self.last.insert(queue.to_owned(), receiver), over }
+    }
+}
+
+impl Turn {
+    /// Resolves when it is its turn; what it returns is dropped at the end of the turn.
+    async fn begin(self) -> oneshot::Sender<()> {
+        if let Some(before) = self.before {
+            // Dropped, not sent.
+            let _ = before.await;
+        }
+        self.over
+    }
+}
+
+async fn subscribe(
     role: Role,
-    session: &Session,
-    open: &'a mut Option<(Arc<IntakeChannel>, u16)>,
-) -> Result<(&'a Arc<IntakeChannel>, &'a mut u16), lapin::Error> {
-    if open.as_ref().is_none_or(|(channel, _)| !channel.is_alive()) {
-        let channel = session.channel(role).await?;
-        *open = Some((Arc::new(IntakeChannel { channel, tracker: Mutex::default() }), 0));
-    }
-    match open {
-        Some((channel, current)) => Ok((channel, current)),
-        None => unreachable!("it was opened above"),
-    }
+    link: &watch::Receiver<Link>,
+    open: &Open,
+    queue: &str,
+    prefetch: u16,
+) -> Result<Subscription, lapin::Error> {
+    let session = match &*link.borrow() {
+        Link::Up(session) => Arc::clone(session),
+        Link::Down(_) | Link::Closed => return Err(std::io::Error::from(std::io::ErrorKind::NotConnected).into()),
+    };
+    let begun = {
+        let mut open = open.lock().await;
+        if open.as_ref().is_none_or(|(channel, _)| !channel.is_alive()) {
+            let channel = session.channel(role).await?;
+            *open = Some((Arc::new(IntakeChannel { channel, tracker: Mutex::default() }), 0));
+        }
+        let (channel, current) = open.as_mut().expect("it was opened above");
+        begin(channel, current, queue, prefetch)
+    };
+    begun.await
 }
 
 /// Puts prefetch and consumer in line, and returns what waits for the answer. Nobody can come in between.
@@ -241,9 +304,9 @@ fn begin(
         (qos.as_mut().now_or_never(), qos)
     });
     let tag = short(&format!("backbone-{}", NEXT_TAG.fetch_add(1, Ordering::Relaxed)));
-    let (consumer, queue) = (channel.channel.clone(), short(queue));
+    let (consumer, name, queue) = (channel.channel.clone(), short(queue), queue.to_owned());
     let mut consume = Box::pin(async move {
-        consumer.basic_consume(queue, tag, BasicConsumeOptions::default(), FieldTable::default()).await
+        consumer.basic_consume(name, tag, BasicConsumeOptions::default(), FieldTable::default()).await
     });
     let early = consume.as_mut().now_or_never();
     async move {
@@ -257,22 +320,80 @@ fn begin(
             Some(result) => result?,
             None => consume.await?,
         };
-        Ok(Subscription { consumer, channel, prefetch })
+        Ok(Subscription { consumer, channel, prefetch, queue })
     }
 }
 
-async fn end(mut subscription: Subscription, left: impl FnOnce(Vec<Delivery>)) {
-    let channel = &subscription.channel;
+async fn end(mut subscription: Subscription, left: Left) {
+    let channel = Arc::clone(&subscription.channel);
+    let mut rest = Vec::new();
+    if let Left::Back { outstanding, .. } = &left {
+        gather(&mut subscription, *outstanding, &mut rest).await;
+    }
     if channel.is_alive() {
         let cancel = channel.channel.basic_cancel(subscription.consumer.tag(), BasicCancelOptions::default());
         // A channel that cannot even cancel is dead, or will be; then its deliveries come back by themselves.
         let _ = within(CALL_TIMEOUT, cancel).await;
     }
-    let mut rest = Vec::new();
+    drain(&mut subscription, &mut rest);
+    match left {
+        Left::Kept(wanted) => {
+            if let Err(rest) = wanted.send(rest) {
+                give_back(&channel, &subscription.queue, tags_of(&rest)).await;
+            }
+        }
+        Left::Back { first, note, ended, .. } => {
+            let tags = first.into_iter().chain(tags_of(&rest)).collect();
+            note(rest);
+            give_back(&channel, &subscription.queue, tags).await;
+            if let Some(ended) = ended {
+                // Who asked may be gone.
+                let _ = ended.send(());
+            }
+        }
+    }
+}
+
+/// Waits for what is on its way to a subscription before it is cancelled. What a quorum queue hands out to a consumer
+/// that is being cancelled RabbitMQ gives back by itself: before, and so in front of, what is given back here.
+async fn gather(subscription: &mut Subscription, outstanding: usize, rest: &mut Vec<Delivery>) {
+    let until = Instant::now() + GATHER_WITHIN;
+    loop {
+        drain(subscription, rest);
+        if outstanding + rest.len() >= usize::from(subscription.prefetch) || Instant::now() >= until {
+            return;
+        }
+        match subscription.channel.round_trip(&subscription.queue).await {
+            Ok(ready) if ready > 0 => {}
+            Ok(_) | Err(_) => return drain(subscription, rest),
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+fn drain(subscription: &mut Subscription, rest: &mut Vec<Delivery>) {
     while let Some(Some(next)) = subscription.consumer.next().now_or_never() {
         rest.extend(next.ok());
     }
-    let tags: Vec<u64> = rest.iter().map(|delivery| delivery.delivery_tag).collect();
-    left(rest);
-    channel.give_back(tags);
+}
+
+fn tags_of(deliveries: &[Delivery]) -> Vec<u64> {
+    deliveries.iter().map(|delivery| delivery.delivery_tag).collect()
+}
+
+/// Gives deliveries back in order, so that they are in the queue again, in that order, when this resolves. Nobody
+/// consumes it on this channel meanwhile.
+async fn give_back(channel: &IntakeChannel, queue: &str, tags: Vec<u64>) {
+    for chunk in tags.chunks(BACK_AT_ONCE) {
+        let before = channel.count(queue).await;
+        channel.give_back(chunk.iter().copied());
+        let Ok(before) = before else { continue };
+        let until = Instant::now() + BACK_WITHIN;
+        // What is published meanwhile counts as well, so this may be over early; the next question is another delay.
+        while channel.count(queue).await.is_ok_and(|ready| ready < before + chunk.len() as u64)
+            && Instant::now() < until
+        {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
 }

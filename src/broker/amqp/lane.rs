@@ -166,6 +166,9 @@ async fn serve(
         window.fill(&channel).await;
         tokio::select! {
             Some(first) = window.confirms.next(), if !window.confirms.is_empty() => {
+                if first.1.is_ok() {
+                    session.note_sign();
+                }
                 window.settle(first);
                 if !channel.status().connected() && window.confirms.is_empty() {
                     break "it was closed";

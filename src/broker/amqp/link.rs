@@ -7,8 +7,8 @@ use tokio::sync::watch;
 
 use super::Shared;
 use super::address::Addresses;
-use super::error::broker_error;
-use super::session::{Role, Session, within};
+use super::error::{broker_error, unavailable, with_cause};
+use super::session::{Role, Session};
 use crate::broker::{BrokerError, BrokerErrorKind, Health};
 
 /// Where things stand.
@@ -23,14 +23,15 @@ pub(super) enum Link {
 }
 
 impl Link {
-    /// The session, if there is one.
+    /// The session, if there is one that answers.
     ///
     /// # Errors
     /// Unavailable or closed.
     pub(super) fn session(&self, action: &str) -> Result<Arc<Session>, BrokerError> {
         match self {
+            Self::Up(session) if session.is_silent() => Err(unavailable(action)),
             Self::Up(session) => Ok(Arc::clone(session)),
-            Self::Down(_) => Err(BrokerError::new(BrokerErrorKind::Unavailable, action)),
+            Self::Down(_) => Err(unavailable(action)),
             Self::Closed => Err(BrokerError::new(BrokerErrorKind::Closed, action)),
         }
     }
@@ -45,6 +46,7 @@ impl Link {
         match self {
             Self::Up(session) => match session.blocked() {
                 Some(reason) => Health::Blocked(format!("RabbitMQ takes no messages: {reason}")),
+                None if session.is_silent() => Health::Unreachable("RabbitMQ gives no sign of life".into()),
                 None if session.is_alive() => Health::Ready,
                 None => Health::Unreachable("the connection to RabbitMQ broke".into()),
             },
@@ -63,9 +65,18 @@ const BACKOFF_MAX: Duration = Duration::from_secs(3);
 /// How often the same trouble is logged again.
 const REMIND_EVERY: Duration = Duration::from_secs(60);
 
-/// How often RabbitMQ is asked for a sign of life, and how long it may take.
+/// How often RabbitMQ is asked for a sign of life.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
-const PROBE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Without one for this long, nobody waits for it any more: senders are told to come again.
+const SILENT_AFTER: Duration = Duration::from_secs(3);
+
+/// And after this the connections are made anew. Later, because TCP mends a network that is back soon by itself, and
+/// what is on its way is then published once.
+const DEAD_AFTER: Duration = Duration::from_secs(20);
+
+/// How often an answer that is late is looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// Waits for a session. Ends with an error when the broker is closed.
 pub(super) async fn wait_up(link: &mut watch::Receiver<Link>) -> Option<Arc<Session>> {
@@ -80,12 +91,10 @@ pub(super) async fn wait_up(link: &mut watch::Receiver<Link>) -> Option<Arc<Sess
 pub(super) async fn keep(shared: Arc<Shared>) {
     let mut closed = shared.link.subscribe();
     let work = async {
-        let mut epoch = 0;
         let mut log = Trouble::default();
         loop {
             let started = Instant::now();
-            let trouble = one_session(&shared, epoch, &mut log).await;
-            epoch += 1;
+            let trouble = one_session(&shared, &mut log).await;
             shared.set_link(Link::Down(trouble.as_str().into()));
             log.note(&trouble);
             if started.elapsed() > BACKOFF_MAX {
@@ -101,27 +110,24 @@ pub(super) async fn keep(shared: Arc<Shared>) {
 }
 
 /// Logs in, declares everything, and stays until a connection breaks. Returns what went wrong.
-async fn one_session(shared: &Arc<Shared>, epoch: u64, log: &mut Trouble) -> String {
+async fn one_session(shared: &Arc<Shared>, log: &mut Trouble) -> String {
     let uri = shared.addresses.nth(log.attempts);
     log.attempts = log.attempts.wrapping_add(1);
     let at = Addresses::display(uri);
-    let session = match Session::open(uri, epoch).await {
+    let session = match Session::open(uri).await {
         Ok(session) => Arc::new(session),
         Err(error) => return format!("cannot log in to RabbitMQ at {at}: {error}"),
     };
     if let Err(error) = shared.declare_everything(&session).await {
         session.close().await;
-        return match std::error::Error::source(&error) {
-            Some(cause) => format!("RabbitMQ at {at}: {error}: {cause}"),
-            None => format!("RabbitMQ at {at}: {error}"),
-        };
+        return format!("RabbitMQ at {at}: {}", with_cause(&error));
     }
     log::info!("connected to RabbitMQ at {at}");
     log.connected();
     shared.set_link(Link::Up(Arc::clone(&session)));
     tokio::select! {
         () = session.watch() => {}
-        error = probe(&session) => log::warn!("RabbitMQ at {at} gives no sign of life: {error}"),
+        error = probe(&session) => log::warn!("RabbitMQ at {at} is given up: {error}"),
     }
     shared.set_link(Link::Down(format!("the connection to RabbitMQ at {at} broke").into()));
     session.close().await;
@@ -135,46 +141,68 @@ async fn probe(session: &Session) -> BrokerError {
         Ok(channel) => channel,
         Err(error) => return broker_error(action, error),
     };
-    let mut blocked = session.blocked_changes();
     let mut ticks = tokio::time::interval(PROBE_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         let mut sign = std::pin::pin!(session.probe(&channel));
         loop {
-            // While an alarm is on there is no answer, and that is known.
-            let in_time = within(PROBE_TIMEOUT, &mut sign);
-            tokio::select! {
-                result = in_time => match result {
-                    Ok(()) => break,
-                    Err(_) if session.blocked().is_some() => {}
-                    Err(error) => return broker_error(action, error),
-                },
-                _ = blocked.changed() => {}
+            match tokio::time::timeout(LOOK_EVERY, &mut sign).await {
+                Ok(Ok(())) => break,
+                Ok(Err(error)) => return broker_error(action, error),
+                // While an alarm is on there is no answer, and that is known.
+                Err(_) if session.blocked().is_some() => session.note_sign(),
+                Err(_) if session.silence() >= DEAD_AFTER => {
+                    return unavailable(format!("{action}: no answer for {DEAD_AFTER:?}"));
+                }
+                Err(_) if session.silence() >= SILENT_AFTER => {
+                    if session.set_silent() {
+                        log::warn!("RabbitMQ gives no sign of life; what clients send is refused until it does");
+                    }
+                }
+                Err(_) => {}
             }
         }
     }
 }
 
-/// What the log has been told.
+/// The last trouble of which the log was told: the same again is told once a minute.
+#[derive(Default)]
+pub(super) struct Told(Option<(String, Instant)>);
+
+impl Told {
+    /// Whether the log should be told of this; notes that it is.
+    pub(super) fn is_news(&mut self, trouble: &str) -> bool {
+        let is_known = self.0.as_ref().is_some_and(|(told, at)| told == trouble && at.elapsed() < REMIND_EVERY);
+        if !is_known {
+            self.0 = Some((trouble.to_owned(), Instant::now()));
+        }
+        !is_known
+    }
+
+    /// The trouble is over.
+    pub(super) fn forget(&mut self) {
+        self.0 = None;
+    }
+}
+
+/// Attempts at a session.
 #[derive(Default)]
 struct Trouble {
     attempts: usize,
     failures: u32,
-    told: Option<(String, Instant)>,
+    told: Told,
 }
 
 impl Trouble {
     fn connected(&mut self) {
-        self.told = None;
+        self.told.forget();
     }
 
     fn note(&mut self, trouble: &str) {
         self.failures = self.failures.saturating_add(1);
-        let known = self.told.as_ref().is_some_and(|(told, at)| told == trouble && at.elapsed() < REMIND_EVERY);
-        if !known {
+        if self.told.is_news(trouble) {
             log::warn!("{trouble}; trying again");
-            self.told = Some((trouble.to_owned(), Instant::now()));
         }
     }
 

@@ -1,27 +1,34 @@
-//! Broker users: each client one of its own, through RabbitMQ's management API.
+//! RabbitMQ's management API, as far as users are concerned.
 //!
 //! The user's name is the client's id, its password the client's secret. It may write to one exchange, `{id}-exchange`,
 //! which leads to its outbox (routing key `outbox`) and its notify queue (`notify`), and read its own inbox; it may
 //! declare nothing. It cannot be given the default exchange, through which it could write to every queue.
 //!
-//! RabbitMQ knows one password for a user: the one before a rotation ends at once for AMQP, whatever its overlap. The
-//! salted hash that RabbitMQ itself would make of the secret is sent and kept, never the secret; so users can be made
-//! again after the broker has lost them.
+//! Users are RabbitMQ's, not a virtual host's. A tag says which users are the backbone's, and of which virtual host:
+//! others of the same name are left alone, and their names are taken.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use base64::Engine as _;
+use futures_util::future::try_join3;
 use reqwest::{Method, StatusCode};
 use serde::Deserialize;
-use sha2::{Digest as _, Sha256};
+use serde::de::DeserializeOwned;
+use serde_json::json;
 
 use super::address::Addresses;
 use super::topology;
 use crate::broker::{BrokerError, BrokerErrorKind};
 use crate::client::ClientId;
+use crate::secret::SaltedHash;
 
-/// Tag of the users that the backbone made. Others of the same name are left alone.
-const TAG: &str = "soar-client";
+/// First part of the tag of the users that the backbone made; the virtual host follows.
+const TAG: &str = "soar-client-of:";
+
+/// Connections and channels that one client may have. Plenty for any client, and few enough that a broken or hostile
+/// one does not use up RabbitMQ's memory and file handles, which are everybody's.
+const CONNECTIONS_MAX: u32 = 64;
+const CHANNELS_MAX: u32 = 1024;
 
 /// How long the management API may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,7 +47,52 @@ pub(super) struct Management {
 #[derive(Deserialize)]
 struct User {
     #[serde(default)]
+    name: String,
+    #[serde(default)]
+    password_hash: String,
+    #[serde(default)]
     tags: Tags,
+}
+
+#[derive(Deserialize)]
+struct Permission {
+    user: String,
+    #[serde(flatten)]
+    patterns: Permissions,
+}
+
+/// Regular expressions of the names that a user may declare, write to, and read.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, serde::Serialize)]
+struct Permissions {
+    configure: String,
+    write: String,
+    read: String,
+}
+
+impl Permissions {
+    fn of(client: &ClientId) -> Self {
+        // Client ids have no character that means anything in a regular expression but the hyphen, which does not
+        // outside of brackets.
+        Self {
+            configure: "^$".into(),
+            write: format!("^{}$", topology::entrance(client)),
+            read: format!("^{}$", topology::inbox(client)),
+        }
+    }
+}
+
+/// A user that the backbone made, as RabbitMQ has it.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    password_hash: String,
+    permissions: Option<Permissions>,
+}
+
+impl Found {
+    /// Whether it is what the client's user should be.
+    pub(super) fn is_as_wanted(&self, client: &ClientId, password: &SaltedHash) -> bool {
+        self.password_hash == password.to_base64() && self.permissions == Some(Permissions::of(client))
+    }
 }
 
 /// A list since RabbitMQ 3.9, one text with commas before.
@@ -64,18 +116,6 @@ impl Tags {
             Self::Text(tags) => tags.split(',').any(|one| one.trim() == tag),
         }
     }
-}
-
-/// The hash of a secret as RabbitMQ keeps it: four bytes of salt, then SHA-256 of salt and secret
-/// (<https://www.rabbitmq.com/docs/passwords>).
-pub(super) fn password_hash(secret: &str) -> String {
-    let salt: [u8; 4] = rand::random();
-    let mut digest = Sha256::new();
-    digest.update(salt);
-    digest.update(secret);
-    let mut hash = salt.to_vec();
-    hash.extend_from_slice(&digest.finalize());
-    base64::engine::general_purpose::STANDARD.encode(hash)
 }
 
 /// Percent-encodes one segment of a path (RFC 3986, section 2.1).
@@ -171,29 +211,64 @@ impl Management {
         Err(refused(action, status))
     }
 
+    async fn list<T: DeserializeOwned>(&self, path: &str, action: &str) -> Result<Vec<T>, BrokerError> {
+        let answer = self.call(Method::GET, path, None, action).await?;
+        if !answer.status().is_success() {
+            return Err(refused(action, answer.status()));
+        }
+        answer.json().await.map_err(|error| unreadable(action, error))
+    }
+
+    /// The tag of users of this virtual host.
+    fn tag(&self) -> String {
+        format!("{TAG}{}", encoded(&self.vhost))
+    }
+
+    /// The users that the backbone made here.
+    pub(super) async fn users(&self) -> Result<HashMap<String, Found>, BrokerError> {
+        let action = "list the broker's users";
+        let tag = self.tag();
+        let users: Vec<User> = self.list("users", action).await?;
+        let ours = users.into_iter().filter(|user| user.tags.has(&tag));
+        let found = |user: User| (user.name, Found { password_hash: user.password_hash, permissions: None });
+        let mut found: HashMap<String, Found> = ours.map(found).collect();
+        let path = format!("vhosts/{}/permissions", encoded(&self.vhost));
+        for permission in self.list::<Permission>(&path, action).await? {
+            if let Some(found) = found.get_mut(&permission.user) {
+                found.permissions = Some(permission.patterns);
+            }
+        }
+        Ok(found)
+    }
+
     /// Makes the client's user, or changes its password.
     ///
     /// # Errors
     /// [`BrokerErrorKind::Conflict`] when there is a user of this name that the backbone did not make.
-    pub(super) async fn put_user(&self, client: &ClientId, password_hash: &str) -> Result<(), BrokerError> {
+    pub(super) async fn put_user(&self, client: &ClientId, password: &SaltedHash) -> Result<(), BrokerError> {
         let action = format!("set the broker user {client}");
-        let path = format!("users/{}", encoded(client.as_str()));
+        let name = encoded(client.as_str());
         self.check_is_ours(client, &action).await?;
-        let user = serde_json::json!({
-            "password_hash": password_hash,
+        let user = json!({
+            "password_hash": password.to_base64(),
             "hashing_algorithm": "rabbit_password_hashing_sha256",
-            "tags": TAG,
+            "tags": self.tag(),
         });
-        self.change(Method::PUT, &path, Some(user), &action).await?;
-        let path = format!("permissions/{}/{}", encoded(&self.vhost), encoded(client.as_str()));
-        // Client ids have no character that means anything in a regular expression but the hyphen, which does not
-        // outside of brackets.
-        let permissions = serde_json::json!({
-            "configure": "^$",
-            "write": format!("^{}$", topology::entrance(client)),
-            "read": format!("^{}$", topology::inbox(client)),
-        });
-        self.change(Method::PUT, &path, Some(permissions), &action).await
+        self.change(Method::PUT, &format!("users/{name}"), Some(user), &action).await?;
+        let permissions = json!(Permissions::of(client));
+        let path = format!("permissions/{}/{name}", encoded(&self.vhost));
+        try_join3(
+            self.change(Method::PUT, &path, Some(permissions), &action),
+            self.limit(&name, "max-connections", CONNECTIONS_MAX, &action),
+            self.limit(&name, "max-channels", CHANNELS_MAX, &action),
+        )
+        .await
+        .map(|_| ())
+    }
+
+    async fn limit(&self, name: &str, limit: &str, value: u32, action: &str) -> Result<(), BrokerError> {
+        let path = format!("user-limits/{name}/{limit}");
+        self.change(Method::PUT, &path, Some(json!({ "value": value })), action).await
     }
 
     /// Removes the client's user; its connections end.
@@ -213,20 +288,22 @@ impl Management {
             StatusCode::NOT_FOUND => Ok(()),
             status if !status.is_success() => Err(refused(action, status)),
             _ => {
-                let user: User = answer.json().await.map_err(|error| {
-                    BrokerError::new(BrokerErrorKind::Internal, action).caused_by(error.without_url())
-                })?;
-                if user.tags.has(TAG) {
+                let user: User = answer.json().await.map_err(|error| unreadable(action, error))?;
+                if user.tags.has(&self.tag()) {
                     return Ok(());
                 }
                 let what = format!(
-                    "{action}: RabbitMQ has a user of this name already, which is not the backbone's; \
+                    "{action}: RabbitMQ has a user of this name that is not this backbone's; \
                     choose another client id, or delete that user"
                 );
                 Err(BrokerError::new(BrokerErrorKind::Conflict, what))
             }
         }
     }
+}
+
+fn unreadable(action: &str, error: reqwest::Error) -> BrokerError {
+    BrokerError::new(BrokerErrorKind::Internal, action).caused_by(error.without_url())
 }
 
 fn refused(action: &str, status: StatusCode) -> BrokerError {
@@ -257,17 +334,6 @@ mod tests {
     }
 
     #[test]
-    fn a_hash_is_salted_and_checked_as_rabbitmq_does() {
-        let (one, two) = (password_hash("secret"), password_hash("secret"));
-        assert_ne!(one, two);
-        let bytes = base64::engine::general_purpose::STANDARD.decode(one).expect("base64");
-        let mut digest = Sha256::new();
-        digest.update(&bytes[..4]);
-        digest.update("secret");
-        assert_eq!(bytes[4..], digest.finalize()[..]);
-    }
-
-    #[test]
     fn paths_are_encoded() {
         assert_eq!(encoded("/"), "%2F");
         assert_eq!(encoded("a-b_c.d~e"), "a-b_c.d~e");
@@ -275,15 +341,32 @@ mod tests {
     }
 
     #[test]
-    fn tags_are_read_in_both_forms() {
+    fn tags_are_read_in_both_forms_and_name_the_virtual_host() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let addresses = Addresses::parse("amqp://rabbit/%2f").expect("an address");
+        let tag = Management::new("http://rabbit", &addresses).expect("a URL").tag();
+        assert_eq!(tag, "soar-client-of:%2F");
         for (json, ours) in [
-            (r#"{"tags":["soar-client"]}"#, true),
-            (r#"{"tags":"a, soar-client"}"#, true),
+            (r#"{"tags":["soar-client-of:%2F"]}"#, true),
+            (r#"{"tags":"a, soar-client-of:%2F"}"#, true),
+            (r#"{"tags":["soar-client-of:other"]}"#, false),
             (r#"{"tags":[]}"#, false),
             ("{}", false),
         ] {
             let user: User = serde_json::from_str(json).expect("a user");
-            assert_eq!(user.tags.has(TAG), ours, "{json}");
+            assert_eq!(user.tags.has(&tag), ours, "{json}");
         }
+    }
+
+    #[test]
+    fn a_user_that_differs_is_told_from_one_that_does_not() {
+        let client = ClientId::parse("noc-c2").expect("test id");
+        let (password, other) = (SaltedHash::of("secret"), SaltedHash::of("secret"));
+        let permissions = Permissions::of(&client);
+        assert_eq!((&*permissions.write, &*permissions.read), ("^noc-c2-exchange$", "^noc-c2-inbox$"));
+        let found = Found { password_hash: password.to_base64(), permissions: Some(permissions.clone()) };
+        assert!(found.is_as_wanted(&client, &password) && !found.is_as_wanted(&client, &other));
+        let wider = Some(Permissions { read: ".*".into(), ..permissions });
+        assert!(!Found { permissions: wider, ..found }.is_as_wanted(&client, &password));
     }
 }

@@ -11,9 +11,10 @@
 //!   polls and leases of one; `harvest` looks at the front of a queue, for `dead` letters and `limits`. `held` is a
 //!   delivery in this process.
 //! - `clients`, `state`: the clients that are known, in memory and in the file. `admin` declares, binds and deletes them;
-//!   `seal` sees to it that a new queue survives a kill; `management` gives them users of their own.
+//!   `seal` sees to it that a new queue survives a kill; `users` gives them users of their own, through `management`.
 //! - `chores`: what is done from time to time.
 //! - `stock`: everything that lies in RabbitMQ, for moving it to another broker and back.
+//! - `bare`: the same three queues without a router, for the bench to compare with.
 //!
 //! # Invariants
 //!
@@ -33,6 +34,7 @@
 mod acks;
 mod address;
 mod admin;
+pub mod bare;
 mod chores;
 mod clients;
 mod consumer;
@@ -56,6 +58,7 @@ mod settle;
 mod state;
 mod stock;
 mod topology;
+mod users;
 mod wire;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -67,12 +70,12 @@ use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use self::address::Addresses;
-use self::clients::Clients;
+use self::clients::{Client, Clients};
 use self::consumer::{AmqpConsumer, ConsumerCore};
 use self::dedup::Dedup;
 use self::error::db_error;
 use self::held::{Held, ReturnMemory};
-use self::intake::{Intake, Subscription};
+use self::intake::{Intake, Left, Subscription};
 use self::lane::Lane;
 use self::link::Link;
 use self::management::Management;
@@ -80,6 +83,7 @@ use self::pull::Puller;
 use self::runtime::AmqpThread;
 use self::session::{Role, Session};
 pub use self::stock::AmqpStock;
+use self::users::Users;
 use self::wire::Trusted;
 use crate::broker::{
     Broker, BrokerError, BrokerErrorKind, Consumer, DeadPage, Depths, Health, Published, PullMode, PullOutcome, Pulled,
@@ -89,6 +93,7 @@ use crate::client::{ClientId, Limits};
 use crate::config::QueueType;
 use crate::db::Db;
 use crate::envelope::Message;
+use crate::secret::SaltedHash;
 use crate::telemetry::Telemetry;
 use crate::time::Timestamp;
 use crate::topic::Pattern;
@@ -131,7 +136,7 @@ struct Shared {
     options: Options,
     addresses: Addresses,
     trusted: Trusted,
-    management: Option<Management>,
+    users: Option<Users>,
     thread: AmqpThread,
     db: Db,
     telemetry: Telemetry,
@@ -144,6 +149,8 @@ struct Shared {
     /// The last one is for `soar-publish` alone.
     pipeline_intakes: Vec<Intake>,
     inbox_intakes: Vec<Intake>,
+    /// For inboxes of clients that are set apart.
+    apart_intake: Intake,
     chore_intakes: Vec<Intake>,
     dedup: Dedup,
     memory: ReturnMemory,
@@ -219,31 +226,55 @@ impl Shared {
         match queue {
             Queue::Publish | Queue::Unrouted => &self.pipeline_intakes[PIPELINE_INTAKES],
             Queue::Outbox(_) | Queue::Notify(_) => &self.pipeline_intakes[share_of(&name, PIPELINE_INTAKES)],
+            Queue::Inbox(id) if self.clients.get(id).is_some_and(|client| client.is_apart()) => &self.apart_intake,
             Queue::Inbox(_) => &self.inbox_intakes[share_of(&name, INBOX_INTAKES)],
         }
     }
 
-    /// The channel for a look at the front of this queue.
-    fn chores(&self, queue: &str) -> &Intake {
-        &self.chore_intakes[share_of(queue, CHORE_INTAKES)]
+    /// The channel for a look at the front of this queue; `owner` is the client that may keep others from reading it.
+    fn chores(&self, queue: &str, owner: Option<&Client>) -> &Intake {
+        match owner {
+            Some(client) if client.is_apart() => &self.apart_intake,
+            _ => &self.chore_intakes[share_of(queue, CHORE_INTAKES)],
+        }
     }
 
-    /// Ends a subscription. What it was handed and nobody looked at goes back, and does not count as handed out.
+    /// Ends a subscription. What nobody was handed goes back: what is in its buffer, and then what nobody looked at.
+    /// `outstanding` are not settled, the buffer included.
     fn end_subscription(
         self: &Arc<Self>,
         queue: &Queue,
         subscription: Subscription,
+        buffer: impl IntoIterator<Item = Held>,
+        outstanding: usize,
         ended: Option<oneshot::Sender<()>>,
     ) {
         let (shared, channel) = (Arc::clone(self), Arc::clone(&subscription.channel));
         let (name, of) = (queue.to_string(), queue.clone());
-        let left = move |left: Vec<lapin::message::Delivery>| {
+        let mut first = Vec::new();
+        for held in buffer {
+            // What came on an earlier channel went back with that.
+            if Arc::ptr_eq(&held.channel, &channel) {
+                self.memory.note(held.key, held.before);
+                first.push(held.tag);
+            } else {
+                self.give_back(&held);
+            }
+        }
+        let note = move |left: Vec<lapin::message::Delivery>| {
             for delivery in left {
                 let held = Held::new(delivery, &channel, &name, shared.trusted(&of), &shared.memory);
                 shared.memory.note(held.key, held.before);
             }
         };
-        self.intake(queue).end(&self.thread, subscription, left, ended);
+        let left = Left::Back { first, outstanding, note: Box::new(note), ended };
+        self.intake(queue).end(&self.thread, subscription, left);
+    }
+
+    /// Gives back one that nobody was handed.
+    fn give_back(&self, held: &Held) {
+        self.memory.note(held.key, held.before);
+        held.channel.give_back([held.tag]);
     }
 
     fn add_consumer(&self, core: &Arc<ConsumerCore>) {
@@ -289,8 +320,8 @@ async fn start(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<Sha
     // For amqps and https; a second call, by whoever, changes nothing.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let addresses = Addresses::parse(&options.url)?;
-    let management = match &options.management_url {
-        Some(url) => Some(Management::new(url, &addresses)?),
+    let users = match &options.management_url {
+        Some(url) => Some(Users::new(Management::new(url, &addresses)?)),
         None => None,
     };
     let now_s = Timestamp::now().as_millis().div_euclid(1000);
@@ -303,11 +334,12 @@ async fn start(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<Sha
     let shared = Arc::new(Shared {
         trusted: addresses.trusted(),
         addresses,
-        management,
+        users,
         ingress: lanes(Role::Ingress),
         relay: lanes(Role::Relay),
         pipeline_intakes: intakes(Role::Pipeline, PIPELINE_INTAKES + 1),
         inbox_intakes: intakes(Role::Inboxes, INBOX_INTAKES),
+        apart_intake: Intake::start(&thread, Role::Inboxes, link.subscribe()),
         chore_intakes: intakes(Role::Control, CHORE_INTAKES),
         options,
         thread,
@@ -353,6 +385,26 @@ impl Broker for AmqpBroker {
     async fn delete_client(&self, client: &ClientId) -> Result<(), BrokerError> {
         let (shared, client) = (Arc::clone(&self.shared), client.clone());
         self.shared.thread.run("delete a client", async move { shared.delete_client(client).await }).await
+    }
+
+    async fn set_password(&self, client: &ClientId, password: &SaltedHash) -> Result<(), BrokerError> {
+        if self.shared.users.is_none() {
+            return Ok(());
+        }
+        let (shared, client, password) = (Arc::clone(&self.shared), client.clone(), *password);
+        let task = async move {
+            match &shared.users {
+                Some(users) => users.set(&client, &password).await,
+                None => Ok(()),
+            }
+        };
+        self.shared.thread.run("set a broker user", task).await
+    }
+
+    fn expect_passwords(&self, passwords: Vec<(ClientId, SaltedHash)>) {
+        if let Some(users) = &self.shared.users {
+            users.expect(passwords);
+        }
     }
 
     async fn publish(&self, queue: &Queue, messages: Vec<Message>) -> Result<Published, BrokerError> {

@@ -41,8 +41,9 @@ pub(super) async fn publish(
     if let Some(why) = session.blocked() {
         return Err(blocked(&why));
     }
+    let silent = || unavailable(format!("{action}: RabbitMQ gives no sign of life"));
     let slow = || unavailable(format!("{action}: no confirm within {PUBLISH_TIMEOUT:?}"));
-    let mut alarms = session.blocked_changes();
+    let (mut alarms, mut silences) = (session.blocked_changes(), session.silences());
     let work = async {
         let kib = messages.iter().map(Message::size).sum::<usize>() / 1024 + 1;
         let permits = u32::try_from(kib.min(PENDING_KIB_MAX)).expect("the bound fits");
@@ -56,6 +57,7 @@ pub(super) async fn publish(
         () = tokio::time::sleep(PUBLISH_TIMEOUT) => Err(slow()),
         // What was sent before the alarm is still confirmed; what was not waits until it is over, and nobody for it.
         Ok(why) = alarms.wait_for(Option::is_some) => Err(blocked(why.as_deref().unwrap_or("an alarm"))),
+        Ok(_) = silences.wait_for(|silent| *silent) => Err(silent()),
     }
 }
 

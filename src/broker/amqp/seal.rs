@@ -4,17 +4,21 @@
 //! the registry is looked at again, or has rested for half a second (RabbitMQ 3.10, `ra_directory`, which is a DETS
 //! table with `auto_save`). A node that is killed before comes back with a queue that can be declared and never
 //! answers. So a client counts as created only when one more queue has been registered after its own: the seal, which
-//! is deleted at once. All creations that wait share one.
+//! is deleted at once. All creations that wait share one. The same holds for the backbone's own queues, before anything
+//! is put into them: `soar-publish`, and each retry queue.
+//!
+//! RabbitMQ 4 has another Ra, which need not have this weakness; a seal costs a few milliseconds there as well.
 
 use std::sync::Arc;
 
+use lapin::Channel;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::Shared;
-use super::error::broker_error;
+use super::error::{broker_error, db_error};
 use super::session::Session;
-use super::topology;
+use super::{state, topology};
 use crate::broker::BrokerError;
 use crate::client::ClientId;
 use crate::config::QueueType;
@@ -25,6 +29,24 @@ type Waiter = oneshot::Sender<Result<(), BrokerError>>;
 #[derive(Default)]
 pub(super) struct Sealer {
     inner: Mutex<(Vec<Waiter>, bool)>,
+}
+
+/// What belongs to no client.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Own {
+    /// What is there from the start, with queues of this type.
+    Internal(QueueType),
+    /// The queue for this delay, in seconds.
+    Retry(u64),
+}
+
+impl Own {
+    async fn declare(self, channel: &Channel) -> Result<(), lapin::Error> {
+        match self {
+            Self::Internal(kind) => topology::declare_internal(channel, kind).await,
+            Self::Retry(seconds) => topology::declare_retry(channel, seconds).await,
+        }
+    }
 }
 
 impl Shared {
@@ -57,7 +79,10 @@ impl Shared {
                 }
                 std::mem::take(&mut inner.0)
             };
-            let result = self.make_seal().await;
+            let result = match self.session("seal queues") {
+                Ok(session) => make_seal(&session).await,
+                Err(error) => Err(error),
+            };
             for waiter in waiters {
                 // Who gave up needs no answer.
                 let _ = waiter.send(result.clone());
@@ -65,12 +90,38 @@ impl Shared {
         }
     }
 
-    async fn make_seal(&self) -> Result<(), BrokerError> {
-        let session = self.session("seal queues")?;
-        // A name that was never registered, or it would seal nothing.
-        let name = format!("soar-seal-{}", uuid::Uuid::now_v7().simple());
-        let sealed = session.control(async |channel| topology::declare_seal(channel, &name).await).await;
-        sealed.map_err(|error| broker_error("seal queues", error))
+    /// Sees to it that a quorum queue that belongs to no client, and was just declared, would survive a kill: once for
+    /// all.
+    pub(super) async fn seal_own(&self, session: &Session, name: &str, of: Own) -> Result<(), BrokerError> {
+        let action = || format!("seal queue {name}");
+        if state::is_sealed(&self.db, name).await.map_err(|error| db_error(action(), error))? {
+            return Ok(());
+        }
+        if !session.answers(name).await {
+            log::warn!("queue {name} does not answer since RabbitMQ was killed while it was made; it is made again");
+            let again = session.control(async |channel| {
+                topology::delete_queue(channel, name).await?;
+                of.declare(channel).await
+            });
+            again.await.map_err(|error| broker_error(action(), error))?;
+        }
+        make_seal(session).await?;
+        state::note_queue_sealed(&self.db, name).await.map_err(|error| db_error(action(), error))
+    }
+
+    /// Sees to it that the queue for this delay is there, and stays.
+    pub(super) async fn retry_queue(&self, session: &Session, seconds: u64) -> Result<(), BrokerError> {
+        if session.has_retry(seconds) {
+            return Ok(());
+        }
+        let name = topology::retry(seconds);
+        let noted = state::note_retry(&self.db, seconds).await;
+        noted.map_err(|error| db_error(format!("note queue {name}"), error))?;
+        let declared = session.control(async |channel| topology::declare_retry(channel, seconds).await).await;
+        declared.map_err(|error| broker_error(format!("declare queue {name}"), error))?;
+        self.seal_own(session, &name, Own::Retry(seconds)).await?;
+        session.note_retry(seconds);
+        Ok(())
     }
 
     /// Sees to it that queues of a client whose creation was cut off answer. Those that do not are empty, because
@@ -91,4 +142,11 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+async fn make_seal(session: &Session) -> Result<(), BrokerError> {
+    // A name that was never registered, or it would seal nothing.
+    let name = format!("soar-seal-{}", uuid::Uuid::now_v7().simple());
+    let sealed = session.control(async |channel| topology::declare_seal(channel, &name).await).await;
+    sealed.map_err(|error| broker_error("seal queues", error))
 }

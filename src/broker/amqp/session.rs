@@ -9,8 +9,8 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions};
@@ -19,7 +19,6 @@ use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Event};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, watch};
 
-use super::topology;
 use super::wire::short;
 
 /// What a connection is for.
@@ -66,39 +65,48 @@ pub(super) const CONTROL_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a queue may take to answer. RabbitMQ itself gives up after five seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long after logging in a queue may have no leader yet. On a node that has just started it takes about half a second
+/// to elect one.
+const LEADERS_WITHIN: Duration = Duration::from_secs(5);
+
 /// A set of connections. See the module.
 pub(super) struct Session {
-    /// Counts sessions; things of an earlier one are dead.
-    pub(super) epoch: u64,
     uri: AMQPUri,
     connections: [Connection; 5],
     idle: Mutex<Vec<(Channel, u32)>>,
     turns: Semaphore,
     /// Why RabbitMQ takes no messages, while it does not.
     blocked: watch::Sender<Option<Arc<str>>>,
-    /// Something is broken that only a new session mends.
-    broken: AtomicBool,
+    /// When RabbitMQ last confirmed anything, in milliseconds since the session began.
+    last_sign_ms: AtomicU64,
+    /// Whether it has not for so long that nobody should wait for it.
+    silent: watch::Sender<bool>,
     /// Retry queues that are known to be there.
     retries: Mutex<BTreeSet<u64>>,
     /// Something that belongs to no client was not there.
     suspect: Notify,
+    since: Instant,
+    /// Queues that were made in this session, so that they are known to have a leader; until that shows.
+    led: Mutex<BTreeSet<String>>,
 }
 
 impl Session {
     /// Logs in.
-    pub(super) async fn open(uri: &AMQPUri, epoch: u64) -> Result<Self, lapin::Error> {
+    pub(super) async fn open(uri: &AMQPUri) -> Result<Self, lapin::Error> {
         let [a, b, c, d, e] = Role::ALL.map(|role| connect(uri, role.name()));
         let (a, b, c, d, e) = futures_util::try_join!(a, b, c, d, e)?;
         Ok(Self {
             uri: uri.clone(),
-            epoch,
             connections: [a, b, c, d, e],
             idle: Mutex::new(Vec::new()),
             turns: Semaphore::new(CONTROL_CHANNELS),
             blocked: watch::Sender::new(None),
-            broken: AtomicBool::new(false),
+            last_sign_ms: AtomicU64::new(0),
+            silent: watch::Sender::new(false),
             retries: Mutex::default(),
             suspect: Notify::new(),
+            since: Instant::now(),
+            led: Mutex::default(),
         })
     }
 
@@ -118,22 +126,30 @@ impl Session {
         Ok(channel)
     }
 
-    /// Runs `work` on a control channel. An error closes the channel, so it is not used again.
+    /// Runs `work` on a control channel. An error closes the channel, so it is not used again. When RabbitMQ falls
+    /// silent it is not waited for.
     pub(super) async fn control<T>(
         &self,
         work: impl AsyncFnOnce(&Channel) -> Result<T, lapin::Error>,
     ) -> Result<T, lapin::Error> {
         let _turn = self.turns.acquire().await.expect("the semaphore is never closed");
-        let idle = self.idle.lock().pop();
-        let (channel, calls) = match idle {
-            Some((channel, calls)) if channel.status().connected() => (channel, calls),
-            _ => (self.channel(Role::Control).await?, 0),
+        let mut silences = self.silences();
+        let call = async {
+            let idle = self.idle.lock().pop();
+            let (channel, calls) = match idle {
+                Some((channel, calls)) if channel.status().connected() => (channel, calls),
+                _ => (self.channel(Role::Control).await?, 0),
+            };
+            let done = within(CONTROL_TIMEOUT, work(&channel)).await?;
+            if calls < CALLS_PER_CHANNEL {
+                self.idle.lock().push((channel, calls + 1));
+            }
+            Ok(done)
         };
-        let result = within(CONTROL_TIMEOUT, work(&channel)).await;
-        if result.is_ok() && calls < CALLS_PER_CHANNEL {
-            self.idle.lock().push((channel, calls + 1));
+        tokio::select! {
+            result = call => result,
+            Ok(_) = silences.wait_for(|silent| *silent) => Err(late("it gives no sign of life")),
         }
-        result
     }
 
     /// Whether a queue answers when it is asked for a message. Asked on a connection of its own, because RabbitMQ closes
@@ -152,34 +168,44 @@ impl Session {
 
     /// Whether every connection is up.
     pub(super) fn is_alive(&self) -> bool {
-        !self.broken.load(Ordering::Relaxed)
-            && self.connections.iter().all(|connection| connection.status().connected())
+        self.connections.iter().all(|connection| connection.status().connected())
     }
 
-    /// Asks for a new session.
-    pub(super) fn give_up(&self) {
-        self.broken.store(true, Ordering::Relaxed);
+    /// Whether what a quorum queue says of its messages can be believed. After a restart of RabbitMQ it has no leader for
+    /// a moment, and then says that it has none; and for another moment it has one that has not read all.
+    pub(super) fn counts_are_sure(&self, queue: &str) -> bool {
+        self.since.elapsed() > LEADERS_WITHIN || self.led.lock().contains(queue)
+    }
+
+    /// Notes queues that were made in this session.
+    pub(super) fn note_led(&self, queues: impl IntoIterator<Item = String>) {
+        let mut led = self.led.lock();
+        if self.since.elapsed() <= LEADERS_WITHIN {
+            led.extend(queues);
+        } else {
+            led.clear();
+        }
     }
 
     /// Whether the retry queue for this delay is known to be there.
-    pub(super) fn has_retry_queue(&self, seconds: u64) -> bool {
+    pub(super) fn has_retry(&self, seconds: u64) -> bool {
         self.retries.lock().contains(&seconds)
     }
 
-    /// Sees to it that the retry queue for this delay is there.
-    pub(super) async fn retry_queue(&self, seconds: u64) -> Result<(), lapin::Error> {
-        if self.has_retry_queue(seconds) {
-            return Ok(());
-        }
-        self.control(async |channel| topology::declare_retry(channel, seconds).await).await?;
+    /// Notes that it is.
+    pub(super) fn note_retry(&self, seconds: u64) {
         self.retries.lock().insert(seconds);
-        Ok(())
     }
 
     /// An exchange was not there: everything that belongs to no client is to be declared again.
     pub(super) fn suspect_topology(&self) {
-        self.retries.lock().clear();
+        self.forget_retries();
         self.suspect.notify_one();
+    }
+
+    /// A retry queue was not there: each is declared again before it is used.
+    pub(super) fn forget_retries(&self) {
+        self.retries.lock().clear();
     }
 
     /// Resolves when the topology is suspect.
@@ -195,6 +221,34 @@ impl Session {
     /// Tells when that changes.
     pub(super) fn blocked_changes(&self) -> watch::Receiver<Option<Arc<str>>> {
         self.blocked.subscribe()
+    }
+
+    /// RabbitMQ has confirmed something: it is there, and takes messages.
+    pub(super) fn note_sign(&self) {
+        let now_ms = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last_sign_ms.store(now_ms, Ordering::Relaxed);
+        self.silent.send_if_modified(|silent| std::mem::take(silent));
+    }
+
+    /// For how long RabbitMQ has confirmed nothing.
+    pub(super) fn silence(&self) -> Duration {
+        let last = Duration::from_millis(self.last_sign_ms.load(Ordering::Relaxed));
+        self.since.elapsed().saturating_sub(last)
+    }
+
+    /// Nobody should wait for RabbitMQ until it gives a sign. Returns whether that is news.
+    pub(super) fn set_silent(&self) -> bool {
+        self.silent.send_if_modified(|silent| !std::mem::replace(silent, true))
+    }
+
+    /// Whether RabbitMQ is asked for a sign of life, and has given none for seconds.
+    pub(super) fn is_silent(&self) -> bool {
+        *self.silent.borrow()
+    }
+
+    /// Tells when that changes.
+    pub(super) fn silences(&self) -> watch::Receiver<bool> {
+        self.silent.subscribe()
     }
 
     /// Follows alarms until the session ends. Resolves when a connection breaks.
@@ -229,6 +283,7 @@ impl Session {
         let options = BasicPublishOptions::default();
         let publish = channel.basic_publish(short(""), short("soar-probe"), options, b"", BasicProperties::default());
         publish.await?.await?;
+        self.note_sign();
         Ok(())
     }
 
@@ -240,7 +295,8 @@ impl Session {
     }
 }
 
-async fn connect(uri: &AMQPUri, what_for: &str) -> Result<Connection, lapin::Error> {
+/// One connection, named after what it is for.
+pub(super) async fn connect(uri: &AMQPUri, what_for: &str) -> Result<Connection, lapin::Error> {
     let name = format!("communications-backbone {what_for}");
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     within(CONNECT_TIMEOUT, Connection::connect_uri(uri.clone(), properties)).await
@@ -251,6 +307,10 @@ pub(super) async fn within<T>(
     limit: Duration,
     call: impl Future<Output = Result<T, lapin::Error>>,
 ) -> Result<T, lapin::Error> {
-    let late = || std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {limit:?}"));
-    tokio::time::timeout(limit, call).await.unwrap_or_else(|_| Err(late().into()))
+    let call = tokio::time::timeout(limit, call).await;
+    call.unwrap_or_else(|_| Err(late(&format!("no answer within {limit:?}"))))
+}
+
+fn late(why: &str) -> lapin::Error {
+    std::io::Error::new(std::io::ErrorKind::TimedOut, why).into()
 }

@@ -124,9 +124,11 @@ async fn move_on(core: Arc<ConsumerCore>, moves: Vec<(Held, Onward)>) -> Result<
     if acked { result } else { result.and(Err(unavailable(action))) }
 }
 
-/// A client's AMQP publishes count as duplicates here; those that came by HTTP were counted when they were taken.
+/// A client's AMQP publishes count as accepted, and as duplicates, here; those that came by HTTP were counted when they
+/// were taken.
 fn count_duplicates(shared: &Shared, held: &[Held]) {
     let foreign = held.iter().filter(|held| matches!(held.payload, Payload::Foreign(_))).count();
+    shared.telemetry.metrics.accepted.inc_by(foreign as u64);
     shared.telemetry.metrics.duplicates.inc_by(foreign as u64);
 }
 
@@ -288,7 +290,7 @@ async fn finish(core: &ConsumerCore, moves: Vec<Move>, fates: Vec<Fate>, action:
                 gone.push(one.held);
             }
             Err(why) => {
-                refusal = Some((why, one.outgoing.key.to_string()));
+                refusal = Some((why, one.outgoing));
                 back.push(one.held);
             }
         }
@@ -296,14 +298,22 @@ async fn finish(core: &ConsumerCore, moves: Vec<Move>, fates: Vec<Fate>, action:
     core.return_handed(back);
     let acked = acknowledge(gone);
     match refusal {
-        Some((why, target)) => {
+        Some((why, outgoing)) => {
             if matches!(why, Refusal::Unroutable) {
-                shared.repair(core.client.as_deref()).await;
+                shared.restore(&outgoing, core.client.as_deref()).await;
             }
-            Err(refused(action, &why, &target))
+            Err(refused(action, &why, &target_of(&outgoing)))
         }
         None if acked => Ok(()),
         None => Err(unavailable(action)),
+    }
+}
+
+/// Where a message was to go, for people.
+fn target_of(outgoing: &Outgoing) -> String {
+    match outgoing.exchange.as_str() {
+        "" => outgoing.key.to_string(),
+        exchange => exchange.to_owned(),
     }
 }
 
@@ -356,6 +366,12 @@ pub(super) fn note_delivered(shared: &Shared, client: &ClientId, held: &[Held]) 
 
 fn note_moved(core: &ConsumerCore, one: &Move) {
     let shared = &core.shared;
+    if let Onward::Forward(_, message) = &one.onward
+        && matches!(one.held.payload, Payload::Foreign(_))
+    {
+        shared.telemetry.metrics.accepted.inc();
+        shared.telemetry.traces.record(message, Step::Accepted);
+    }
     match &one.onward {
         Onward::Forward(Target::Publish, message) => shared.telemetry.traces.record(message, Step::Forwarded),
         Onward::Forward(target, message) => {
@@ -471,6 +487,18 @@ pub(super) async fn bury(
 }
 
 impl Shared {
+    /// Declares again what a message was published to in vain: somebody else has deleted it.
+    async fn restore(&self, outgoing: &Outgoing, client: Option<&super::clients::Client>) {
+        let is_retry = topology::is_retry(outgoing.exchange.as_str());
+        if is_retry && let Ok(session) = self.session("declare a retry queue again") {
+            // It is declared before the next one is delayed.
+            return session.forget_retries();
+        }
+        let is_internal = !outgoing.exchange.as_str().is_empty() || outgoing.key.as_str() == topology::PUBLISH;
+        log::warn!("queue {} was deleted by somebody else; it is declared again", target_of(outgoing));
+        self.repair(client.filter(|_| !is_internal)).await;
+    }
+
     /// Sees to it that retry queues are there, and notes what is about to be delayed for a client.
     pub(super) async fn prepare_delays(
         &self,
@@ -482,14 +510,7 @@ impl Shared {
         }
         let session = self.session("delay messages")?;
         for seconds in delays.keys() {
-            if !session.has_retry_queue(*seconds) {
-                let noted = super::state::note_retry(&self.db, *seconds).await;
-                noted.map_err(|error| db_error(format!("note {}", topology::retry(*seconds)), error))?;
-            }
-            session
-                .retry_queue(*seconds)
-                .await
-                .map_err(|error| broker_error(format!("declare {}", topology::retry(*seconds)), error))?;
+            self.retry_queue(&session, *seconds).await?;
         }
         let Some(client) = client else { return Ok(()) };
         let now_s = Timestamp::now().as_millis().div_euclid(1000) + 1;
@@ -571,5 +592,11 @@ async fn delay_pulled(
         }
     }
     acknowledge(gone);
-    refusal.map_or(Ok(()), |why| Err(refused(action, &why, "a retry queue")))
+    let Some(why) = refusal else { return Ok(()) };
+    if matches!(why, Refusal::Unroutable)
+        && let Ok(session) = shared.session(action)
+    {
+        session.forget_retries();
+    }
+    Err(refused(action, &why, "a retry queue"))
 }

@@ -36,6 +36,10 @@ CREATE TABLE IF NOT EXISTS amqp_delayed (
     messages INTEGER NOT NULL,
     PRIMARY KEY (client, due)
 ) WITHOUT ROWID;
+-- Quorum queues that belong to no client and would survive a kill of the broker.
+CREATE TABLE IF NOT EXISTS amqp_sealed (
+    queue TEXT PRIMARY KEY
+) WITHOUT ROWID;
 -- Retry queues that were ever declared.
 CREATE TABLE IF NOT EXISTS amqp_retry (seconds INTEGER PRIMARY KEY);
 -- Stand-ins for inboxes that are gone while something is delayed for them.
@@ -52,7 +56,6 @@ pub(super) struct StoredClient {
     pub(super) id: ClientId,
     pub(super) since_ms: i64,
     pub(super) limits: Limits,
-    pub(super) sealed: bool,
     /// Patterns, and whether they are wanted still.
     pub(super) bindings: Vec<(Pattern, bool)>,
     /// Delayed messages by the second in which they are due.
@@ -72,7 +75,7 @@ pub(super) async fn open(db: &Db, now_s: i64) -> Result<Vec<StoredClient>, DbErr
 
 fn load(connection: &Connection) -> rusqlite::Result<Vec<StoredClient>> {
     let mut clients = BTreeMap::new();
-    let mut select = connection.prepare("SELECT id, since, max_messages, ttl_s, sealed FROM amqp_client")?;
+    let mut select = connection.prepare("SELECT id, since, max_messages, ttl_s FROM amqp_client")?;
     let mut rows = select.query([])?;
     while let Some(row) = rows.next()? {
         let name: String = row.get(0)?;
@@ -81,8 +84,8 @@ fn load(connection: &Connection) -> rusqlite::Result<Vec<StoredClient>> {
             continue;
         };
         let limits = Limits { send_per_s: None, max_inbox_messages: row.get(2)?, inbox_ttl_s: row.get(3)? };
-        let (since_ms, sealed) = (row.get(1)?, row.get(4)?);
-        let client = StoredClient { id, since_ms, limits, sealed, bindings: Vec::new(), delayed: BTreeMap::new() };
+        let since_ms = row.get(1)?;
+        let client = StoredClient { id, since_ms, limits, bindings: Vec::new(), delayed: BTreeMap::new() };
         clients.insert(name, client);
     }
     let mut select = connection.prepare("SELECT client, pattern, wanted FROM amqp_binding")?;
@@ -129,6 +132,26 @@ pub(super) async fn note_sealed(db: &Db, client: &ClientId) -> Result<(), DbErro
     let id = client.as_str().to_owned();
     db.write(move |connection| {
         connection.prepare_cached("UPDATE amqp_client SET sealed = 1 WHERE id = ?1")?.execute([&id])?;
+        Ok(())
+    })
+    .await
+}
+
+/// Whether a queue that belongs to no client is known to survive a kill.
+pub(super) async fn is_sealed(db: &Db, queue: &str) -> Result<bool, DbError> {
+    let queue = queue.to_owned();
+    db.read(move |connection| {
+        let mut select = connection.prepare_cached("SELECT EXISTS (SELECT 1 FROM amqp_sealed WHERE queue = ?1)")?;
+        select.query_row([&queue], |row| row.get(0))
+    })
+    .await
+}
+
+/// Notes that it would.
+pub(super) async fn note_queue_sealed(db: &Db, queue: &str) -> Result<(), DbError> {
+    let queue = queue.to_owned();
+    db.write(move |connection| {
+        connection.prepare_cached("INSERT OR IGNORE INTO amqp_sealed (queue) VALUES (?1)")?.execute([&queue])?;
         Ok(())
     })
     .await

@@ -2,6 +2,8 @@
 //!
 //! Everything is durable, and every argument explicit, because the defaults differ between RabbitMQ 3.10 and 4.
 
+use std::time::{Duration, Instant};
+
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, ExchangeKind};
@@ -52,6 +54,11 @@ pub(super) fn entrance(client: &ClientId) -> String {
 /// The queue that holds messages for this long, and the exchange in front of it.
 pub(super) fn retry(seconds: u64) -> String {
     format!("soar-retry-{seconds}")
+}
+
+/// Whether that is the exchange in front of a retry queue.
+pub(super) fn is_retry(exchange: &str) -> bool {
+    exchange.starts_with("soar-retry-")
 }
 
 fn text(value: &str) -> AMQPValue {
@@ -212,6 +219,13 @@ pub(super) async fn declare_stand_in(channel: &Channel, client: &ClientId, expir
     declare(channel, &inbox(client), arguments).await
 }
 
+/// RabbitMQ waits this long for the leader of a quorum queue to say how many messages it has, and then says that there
+/// are none. A little less, to be on the safe side.
+const LEADER_ANSWERS_WITHIN: Duration = Duration::from_millis(200);
+
+/// How often a queue is asked that seems to have no leader just now.
+const COUNTS_MAX: u32 = 20;
+
 /// Messages that are ready in a queue.
 pub(super) async fn count(channel: &Channel, name: &str) -> Result<u64, lapin::Error> {
     look_at(channel, name).await.map(|(messages, _)| messages)
@@ -219,9 +233,17 @@ pub(super) async fn count(channel: &Channel, name: &str) -> Result<u64, lapin::E
 
 /// Messages that are ready in a queue, and how many consume it.
 pub(super) async fn look_at(channel: &Channel, name: &str) -> Result<(u64, u32), lapin::Error> {
-    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
-    let queue = channel.queue_declare(short(name), options, FieldTable::default()).await?;
-    Ok((u64::from(queue.message_count()), queue.consumer_count()))
+    for _ in 0..COUNTS_MAX {
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+        let asked = Instant::now();
+        let queue = channel.queue_declare(short(name), options, FieldTable::default()).await?;
+        let count = queue.message_count();
+        // None, said late, is what RabbitMQ says when it does not know.
+        if count > 0 || asked.elapsed() < LEADER_ANSWERS_WITHIN {
+            return Ok((u64::from(count), queue.consumer_count()));
+        }
+    }
+    Err(std::io::Error::new(std::io::ErrorKind::TimedOut, format!("queue {name} does not answer")).into())
 }
 
 /// The default exchange, which routes by queue name.

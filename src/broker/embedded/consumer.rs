@@ -165,11 +165,12 @@ impl Source {
                     core.delay(self.queue, slot, now_ms.saturating_add(delay_ms), *attempts);
                 }
             }
-            Outcome::Dead { reason, attempts } => self.bury(core, pos, *reason, *attempts, now_ms),
+            Outcome::Dead { reason, attempts } => self.bury(core, settlement, *reason, *attempts, now_ms),
         }
     }
 
-    fn bury(&self, core: &mut Core, pos: u64, reason: DeadReason, attempts: u32, now_ms: i64) {
+    fn bury(&self, core: &mut Core, settlement: &Settlement, reason: DeadReason, attempts: u32, now_ms: i64) {
+        let pos = settlement.tag;
         let inbox = match &self.name {
             Queue::Outbox(client) | Queue::Notify(client) | Queue::Inbox(client) => core.client(client),
             Queue::Publish | Queue::Unrouted => None,
@@ -179,7 +180,9 @@ impl Source {
             core.give_back(self.queue, pos, self.holder);
             return;
         };
-        if let Some(slot) = core.take_in_flight(self.queue, pos, self.holder) {
+        if let Some(mut slot) = core.take_in_flight(self.queue, pos, self.holder) {
+            // Tried again, its body is on the disk only; what is told of its end is known here.
+            slot.leased = slot.leased.or_else(|| settlement.payload.message().cloned());
             core.bury(self.queue, queues.inbox, &slot, reason, attempts, now_ms);
         }
     }

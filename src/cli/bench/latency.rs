@@ -25,21 +25,49 @@ const TICK: Duration = Duration::from_millis(1);
 /// Due messages that may wait for a connection, as a multiple of a second's; then the router is too slow for the rate.
 const BEHIND_S_MAX: u64 = 10;
 
+/// Messages a second, unless told otherwise.
+pub(super) const RATE: u64 = 1000;
+
 /// Seconds of a long poll.
 const POLL_S: u32 = 5;
 
 /// Messages that are due, and when each was.
 #[derive(Default)]
-struct Due {
+pub(super) struct Due {
     waiting: RefCell<VecDeque<u64>>,
     since: RefCell<Vec<Instant>>,
     more: Notify,
     is_over: Cell<bool>,
 }
 
+impl Due {
+    /// Resolves when more are due, or there will be no more. To be made before looking, so that nothing that comes due
+    /// between is slept through.
+    pub(super) fn more(&self) -> impl Future<Output = ()> {
+        self.more.notified()
+    }
+
+    /// The next.
+    pub(super) fn take(&self) -> Option<u64> {
+        self.waiting.borrow_mut().pop_front()
+    }
+
+    /// Whether no more come due.
+    pub(super) fn is_over(&self) -> bool {
+        self.is_over.get() && self.waiting.borrow().is_empty()
+    }
+
+    /// Times one that has arrived.
+    pub(super) fn arrived(&self, run: &Run, number: u64) {
+        if let Some(since) = self.since.borrow().get(number as usize) {
+            run.times.borrow_mut().add(since.elapsed());
+        }
+    }
+}
+
 /// Runs the scenario.
 pub(super) async fn latency(target: &Target, options: &Options, interrupt: &Interrupt) -> Result<Report, CliError> {
-    let connections = options.connections.unwrap_or(16);
+    let (connections, rate) = (options.connections.unwrap_or(16), options.rate.unwrap_or(RATE));
     let topic = target.topic("latency");
     let receiver = target.onboard("latency-in", std::slice::from_ref(&topic)).await?;
     let sender = target.onboard("latency-out", &[]).await?;
@@ -47,26 +75,23 @@ pub(super) async fn latency(target: &Target, options: &Options, interrupt: &Inte
     let due = Rc::new(Due::default());
     let run = Run::begin(options, options.seconds, 1, interrupt);
     let mut tasks = Tasks::new(&run);
-    tasks.spawn_sender(tick(Rc::clone(&run), Rc::clone(&due), options.rate));
+    tasks.spawn_sender(tick(Rc::clone(&run), Rc::clone(&due), rate));
     for _ in 0..connections {
         let caller = target.single_sender(&sender);
-        tasks.spawn_sender(send_due(Rc::clone(&run), Rc::clone(&due), caller, Rc::clone(&payload)));
+        tasks.spawn_sender(send_due(Rc::clone(&run), Rc::clone(&due), caller, Rc::clone(&payload), |_| ()));
     }
     let caller = target.receiver(&receiver, POLL_S);
     let arrivals = Rc::clone(&due);
-    tasks.spawn(receive(Rc::clone(&run), caller, 0, payload.message_bytes(), move |run, number| {
-        if let Some(since) = arrivals.since.borrow().get(number as usize) {
-            run.times.borrow_mut().add(since.elapsed());
-        }
-    }));
+    let seen = move |run: &Run, number| arrivals.arrived(run, number);
+    tasks.spawn(receive(Rc::clone(&run), caller, 0, payload.message_bytes(), seen));
     tasks.finish("at a steady rate", options.json, |run| run.ledger.borrow().arrived()).await?;
     let took = run.last_accepted.get() - run.started;
-    let what = format!("send to long-poll receive at {} messages/s over {connections} connections", options.rate);
+    let what = format!("send to long-poll receive at {rate} messages/s over {connections} connections");
     Ok(report("latency", what, &run, "messages", run.accepted.get(), took, "send to receive"))
 }
 
 /// Makes messages due.
-async fn tick(run: Rc<Run>, due: Rc<Due>, rate: u64) -> Result<(), CliError> {
+pub(super) async fn tick(run: Rc<Run>, due: Rc<Due>, rate: u64) -> Result<(), CliError> {
     let mut beat = tokio::time::interval(TICK);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let mut made = 0;
@@ -100,15 +125,19 @@ async fn tick(run: Rc<Run>, due: Rc<Due>, rate: u64) -> Result<(), CliError> {
     outcome
 }
 
-/// Sends what is due over one connection.
-async fn send_due(run: Rc<Run>, due: Rc<Due>, mut caller: Caller, payload: Rc<Payload>) -> Result<(), CliError> {
+/// Sends what is due over one connection, and calls `accepted` with the number of each.
+pub(super) async fn send_due(
+    run: Rc<Run>,
+    due: Rc<Due>,
+    mut caller: Caller,
+    payload: Rc<Payload>,
+    accepted: impl Fn(u64),
+) -> Result<(), CliError> {
     let mut body = Vec::new();
     loop {
-        // Before looking, so that nothing that comes due between is slept through.
-        let more = due.more.notified();
-        let number = due.waiting.borrow_mut().pop_front();
-        let Some(number) = number else {
-            if due.is_over.get() {
+        let more = due.more();
+        let Some(number) = due.take() else {
+            if due.is_over() {
                 return Ok(());
             }
             more.await;
@@ -120,6 +149,7 @@ async fn send_due(run: Rc<Run>, due: Rc<Due>, mut caller: Caller, payload: Rc<Pa
         if answer.status != 202 {
             return Err(unexpected(&answer));
         }
+        accepted(number);
         run.accept(number..number + 1);
     }
 }

@@ -27,7 +27,7 @@ const REFUSED_PAUSE: Duration = Duration::from_millis(50);
 const SILENCE: Duration = Duration::from_secs(15);
 
 /// How often the progress bar learns of progress.
-const SHOWN_EVERY: Duration = Duration::from_millis(200);
+pub(super) const SHOWN_EVERY: Duration = Duration::from_millis(200);
 
 /// The state of one scenario, shared by its tasks on one thread.
 pub(super) struct Run {
@@ -111,14 +111,30 @@ impl Run {
     }
 
     /// Whether it makes no sense to wait any longer for what has not arrived.
-    fn is_silent(&self) -> bool {
+    pub(super) fn is_silent(&self) -> bool {
         self.stopped.get()
             || self.senders_left.get() == 0 && self.last_arrived.get().max(self.last_accepted.get()).elapsed() > SILENCE
     }
 
+    /// Whether there are messages left that `take` could give.
+    pub(super) fn has_more(&self) -> bool {
+        self.next.get() < self.limit
+    }
+
+    /// Something arrived.
+    pub(super) fn arrived_now(&self) {
+        self.last_arrived.set(Instant::now());
+        self.moved.notify_waiters();
+    }
+
+    /// Whether at most `window` messages are under way to the slowest inbox.
+    pub(super) fn is_within(&self, window: u64) -> bool {
+        self.next.get().saturating_sub(self.ledger.borrow().slowest()) <= window
+    }
+
     /// Waits until at most `window` messages are under way to the slowest inbox: bounds the backlog.
     pub(super) async fn wait_for_window(&self, window: u64) {
-        while self.next.get().saturating_sub(self.ledger.borrow().slowest()) > window && !self.is_over() {
+        while !self.is_within(window) && !self.is_over() {
             // Looks at the clock now and then, too: the time may be up while nothing moves, and that is no error here.
             let _ = tokio::time::timeout(SHOWN_EVERY, self.moved.notified()).await;
         }
@@ -262,8 +278,7 @@ pub(super) async fn receive(
             run.ledger.borrow_mut().arrive(inbox, number);
         });
         if any {
-            run.last_arrived.set(Instant::now());
-            run.moved.notify_waiters();
+            run.arrived_now();
         }
     }
     Ok(())

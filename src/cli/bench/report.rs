@@ -25,9 +25,19 @@ impl Times {
         self.0.saturating_record(u64::try_from(time.as_micros()).unwrap_or(LONGEST_US));
     }
 
-    /// The time in milliseconds that so many percent stay below.
+    /// Adds all of another's.
+    pub(super) fn join(&mut self, other: &Self) {
+        self.0.add(&other.0).expect("both have the same bounds");
+    }
+
+    /// The time in milliseconds that so many percent stay below; zero when there is none.
     fn ms(&self, percent: f64) -> f64 {
         self.0.value_at_percentile(percent) as f64 / 1000.0
+    }
+
+    /// The same for people.
+    fn shown(&self, percent: f64) -> String {
+        if self.0.is_empty() { "-".into() } else { ms(self.ms(percent)) }
     }
 }
 
@@ -49,10 +59,35 @@ pub(super) struct Report {
     pub(super) times: Times,
     /// Whether what was measured is what was meant to happen.
     pub(super) verdict: Result<String, String>,
-    /// `per_s` over the baseline's.
-    pub(super) ratio: Option<f64>,
+    /// How it compares with what was measured before and after it.
+    pub(super) compared: Option<Compared>,
     /// The router's resident memory afterwards, in bytes.
     pub(super) resident_bytes: Option<u64>,
+}
+
+/// A comparison with a yardstick that was measured in the same run. All are this one's over the yardstick's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Compared {
+    /// The rates.
+    Rate(f64),
+    /// The times that 50 and 99 % stay below.
+    Times { p50: f64, p99: f64 },
+}
+
+impl Compared {
+    /// The rate against the mean of the yardsticks' rates.
+    pub(super) fn rates(report: &Report, yardsticks: &[Report]) -> Self {
+        let limit = yardsticks.iter().map(Report::per_s).sum::<f64>() / yardsticks.len() as f64;
+        Self::Rate(report.per_s() / limit)
+    }
+
+    /// The times against those of all yardsticks together.
+    pub(super) fn times(report: &Report, yardsticks: &[Report]) -> Self {
+        let mut all = Times::new();
+        yardsticks.iter().for_each(|yardstick| all.join(&yardstick.times));
+        let ratio = |percent| report.times.ms(percent) / all.ms(percent).max(0.001);
+        Self::Times { p50: ratio(50.0), p99: ratio(99.0) }
+    }
 }
 
 impl Report {
@@ -63,6 +98,11 @@ impl Report {
 
     /// For programs.
     pub(super) fn to_json(&self) -> Value {
+        let (rate, p50, p99) = match self.compared {
+            None => (None, None, None),
+            Some(Compared::Rate(ratio)) => (Some(rounded(ratio, 3)), None, None),
+            Some(Compared::Times { p50, p99 }) => (None, Some(rounded(p50, 3)), Some(rounded(p99, 3))),
+        };
         json!({
             "scenario": self.scenario,
             "what": self.what,
@@ -78,7 +118,9 @@ impl Report {
             "max_ms": self.times.ms(100.0),
             "verified": self.verdict.is_ok(),
             "verdict": match &self.verdict { Ok(text) | Err(text) => text },
-            "ratio_to_baseline": self.ratio.map(|ratio| rounded(ratio, 3)),
+            "ratio_to_baseline": rate,
+            "p50_ratio_to_baseline": p50,
+            "p99_ratio_to_baseline": p99,
             "router_resident_bytes": self.resident_bytes,
         })
     }
@@ -93,10 +135,10 @@ pub(super) fn to_table(reports: &[Report]) -> Table {
             format!("{} {}/s", grouped(report.per_s().round() as u64), report.unit),
             grouped(report.count),
             format!("{:.2}", report.took.as_secs_f64()),
-            ms(report.times.ms(50.0)),
-            ms(report.times.ms(99.0)),
-            ms(report.times.ms(99.9)),
-            ms(report.times.ms(100.0)),
+            report.times.shown(50.0),
+            report.times.shown(99.0),
+            report.times.shown(99.9),
+            report.times.shown(100.0),
             report.timed.to_owned(),
         ]);
     }
@@ -110,8 +152,12 @@ pub(super) fn remarks(report: &Report) -> Vec<String> {
         Ok(text) => format!("  verified: {text}"),
         Err(text) => format!("  NOT AS IT SHOULD BE: {text}"),
     });
-    if let Some(ratio) = report.ratio {
-        remarks.push(format!("  {ratio:.2} of the baseline in the same run"));
+    match report.compared {
+        Some(Compared::Rate(ratio)) => remarks.push(format!("  {ratio:.3} of the baseline in the same run")),
+        Some(Compared::Times { p50, p99 }) => {
+            remarks.push(format!("  p50 {p50:.2} times and p99 {p99:.2} times the baseline's in the same run"));
+        }
+        None => {}
     }
     if let Some(bytes) = report.resident_bytes {
         remarks.push(format!("  the router's resident memory afterwards: {} MiB", bytes >> 20));
@@ -145,7 +191,7 @@ mod tests {
             timed: "request",
             times,
             verdict: Ok("all".into()),
-            ratio: Some(0.5),
+            compared: Some(Compared::Rate(0.5)),
             resident_bytes: None,
         };
         let json = report.to_json();

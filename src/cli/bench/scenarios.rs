@@ -12,8 +12,7 @@ use crate::cli::error::CliError;
 use crate::cli::interrupt::Interrupt;
 
 /// Messages under way to the slowest inbox before senders wait for it: enough that nobody runs dry, few enough that
-/// the end of a run is not a long drain.
-const PIPE_WINDOW: u64 = 200_000;
+/// the end of a run is not a long drain. That of `pipe` is [`Options::window`].
 const FANOUT_WINDOW: u64 = 5_000;
 
 /// Connections that read one inbox in `pipe`.
@@ -73,7 +72,7 @@ pub(super) async fn pipe(target: &Target, options: &Options, interrupt: &Interru
             target.sender(&sender),
             Rc::clone(&payload),
             options.batch,
-            PIPE_WINDOW,
+            options.window(),
         ));
     }
     for _ in 0..PIPE_RECEIVERS {
@@ -141,7 +140,7 @@ pub(super) fn report(
         timed,
         times: run.times.replace(Times::new()),
         verdict: run.ledger.borrow().verdict(),
-        ratio: None,
+        compared: None,
         resident_bytes: None,
     }
 }

@@ -7,20 +7,26 @@ use base64::Engine as _;
 use futures_util::{StreamExt as _, stream};
 use reqwest::Method;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
-use super::Options;
 use super::wire::{Answer, Wire};
+use super::{Options, Variant};
 use crate::cli::api::{Api, Call, Who};
 use crate::cli::child::{Router, Settings};
 use crate::cli::context::Context;
 use crate::cli::error::CliError;
 use crate::cli::progress;
+use crate::websocket::WebSocket;
 
 /// Clients removed at once when the bench tidies up.
 const REMOVED_AT_ONCE: usize = 16;
 
 /// How long an answer may take, the time that a receiver waits for messages included.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Longest head of the answer to a handshake, in bytes.
+const HEAD_BYTES_MAX: usize = 8 * 1024;
 
 /// A router under load.
 pub(super) struct Target {
@@ -57,7 +63,7 @@ impl Target {
     ///
     /// # Errors
     /// When it cannot be reached.
-    pub(super) async fn open(context: &Context, options: &Options) -> Result<Self, CliError> {
+    pub(super) async fn open(context: &Context, options: &Options, variant: Variant) -> Result<Self, CliError> {
         let run = format!("{:06x}", rand::random::<u32>() & 0x00ff_ffff);
         let (api, admin, router, leaves_traces) = if context.url_was_typed {
             (context.api()?, context.admin()?, None, true)
@@ -67,6 +73,9 @@ impl Target {
                 parent: options.dir.as_deref(),
                 broker: options.broker.as_deref(),
                 queue_type: options.queue_type.as_deref(),
+                // For webhooks to the bench itself.
+                webhook_allow: Some("127.0.0.1"),
+                trace_messages: (!variant.is_traced).then_some("0"),
                 ..Settings::default()
             };
             let router = Router::start(&settings).await?;
@@ -91,12 +100,21 @@ impl Target {
     /// # Errors
     /// What the router says.
     pub(super) async fn onboard(&self, name: &str, subscriptions: &[String]) -> Result<Party, CliError> {
+        Ok(self.onboard_as(name, json!({"subscriptions": subscriptions})).await?.0)
+    }
+
+    /// Onboards a client with these properties. Returns also the router's answer.
+    ///
+    /// # Errors
+    /// What the router says.
+    pub(super) async fn onboard_as(&self, name: &str, mut client: Value) -> Result<(Party, Value), CliError> {
         let id = format!("bench-{}-{name}", self.run);
-        let body = json!({"client_id": id, "subscriptions": subscriptions}).to_string();
-        let record: Value = self.api.fetch(&Call::new(Method::POST, &["clients"], &self.admin).json(body)).await?;
+        client["client_id"] = json!(id);
+        let call = Call::new(Method::POST, &["clients"], &self.admin).json(client.to_string());
+        let record: Value = self.api.fetch(&call).await?;
         self.note_made(id.clone());
         let secret = record["secret"].as_str().unwrap_or_default();
-        Ok(Party::new(id, secret))
+        Ok((Party::new(id, secret), record))
     }
 
     /// Something to remove afterwards.
@@ -140,8 +158,7 @@ impl Target {
 
     /// A connection over which the operator onboards clients.
     pub(super) fn onboarder(&self) -> Caller {
-        let Who::Admin(token) = &self.admin else { unreachable!("the bench asks as the operator") };
-        Caller::post(&self.address, "/clients", &format!("Bearer {token}"), "application/json")
+        Caller::post(&self.address, "/clients", &self.operator(), "application/json")
     }
 
     /// A connection over which a client sends one message, or many as NDJSON.
@@ -152,6 +169,59 @@ impl Target {
     /// A connection over which a client sends a single JSON object.
     pub(super) fn single_sender(&self, party: &Party) -> Caller {
         Caller::post(&self.address, "/send", &party.authorization, "application/json")
+    }
+
+    /// A connection over which the operator asks for the metrics.
+    pub(super) fn scraper(&self) -> Caller {
+        Caller::new(&self.address, "GET", "/metrics", &format!("authorization: {}\r\n", self.operator()))
+    }
+
+    fn operator(&self) -> String {
+        let Who::Admin(token) = &self.admin else { unreachable!("the bench asks as the operator") };
+        format!("Bearer {token}")
+    }
+
+    /// The feed of the console, with a page of clients and a tail of messages.
+    ///
+    /// # Errors
+    /// When the router refuses it.
+    pub(super) async fn console_feed(&self, tail: &str) -> Result<TcpStream, CliError> {
+        let path = format!("/console/feed?clients=1&tail={tail}").replace('#', "%23");
+        self.stream(&path, &format!("authorization: {}\r\n", self.operator()), 200).await
+    }
+
+    /// A client's WebSocket.
+    ///
+    /// # Errors
+    /// When the router refuses it.
+    pub(super) async fn socket(&self, party: &Party) -> Result<WebSocket<TcpStream>, CliError> {
+        let key = base64::engine::general_purpose::STANDARD.encode(rand::random::<[u8; 16]>());
+        let headers = format!(
+            "authorization: {}\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
+             sec-websocket-key: {key}\r\n",
+            party.authorization
+        );
+        Ok(WebSocket::over(self.stream("/ws", &headers, 101).await?))
+    }
+
+    /// A connection on which the answer to a GET goes on after its head, which is read here.
+    async fn stream(&self, path: &str, headers: &str, status: u16) -> Result<TcpStream, CliError> {
+        let cannot = |error| CliError::failed(format!("cannot open {path}: {error}"));
+        let mut stream = TcpStream::connect(&self.address).await.map_err(cannot)?;
+        stream.set_nodelay(true).map_err(cannot)?;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: {}\r\n{headers}\r\n", self.address);
+        stream.write_all(request.as_bytes()).await.map_err(cannot)?;
+        let mut head = Vec::new();
+        // Byte by byte: what follows is not ours to read.
+        while !head.ends_with(b"\r\n\r\n") && head.len() < HEAD_BYTES_MAX {
+            head.push(stream.read_u8().await.map_err(cannot)?);
+        }
+        if !head.starts_with(format!("HTTP/1.1 {status} ").as_bytes()) {
+            let said = String::from_utf8_lossy(&head);
+            let line = said.lines().next().unwrap_or_default();
+            return Err(CliError::failed(format!("cannot open {path}: the router answered {line}")));
+        }
+        Ok(stream)
     }
 
     /// A connection over which a client reads its inbox, waiting up to `wait_s`.
@@ -186,8 +256,17 @@ impl Caller {
     /// # Errors
     /// When there is no answer.
     pub(super) async fn call(&mut self, body: &[u8]) -> Result<Answer<'_>, CliError> {
+        self.call_with("", body).await
+    }
+
+    /// Makes the call with more headers, a line each.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub(super) async fn call_with(&mut self, headers: &str, body: &[u8]) -> Result<Answer<'_>, CliError> {
         self.request.clear();
         self.request.extend_from_slice(&self.prefix);
+        self.request.extend_from_slice(headers.as_bytes());
         if !body.is_empty() {
             self.request.extend_from_slice(b"content-length: ");
             self.request.extend_from_slice(itoa::Buffer::new().format(body.len()).as_bytes());

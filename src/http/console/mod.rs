@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use super::client_view::ClientView;
 use super::clients::ask;
 use super::error::Problem;
-use super::openapi::{AdminProblems, InvalidProblem, UnavailableProblems};
+use super::openapi::{AdminProblems, InvalidProblem, PatternText, UnavailableProblems};
 use super::query::Query;
 use super::route::{Answer, Call};
 use crate::actors::registry::{ActorStates, GetActorStates};
@@ -46,6 +46,9 @@ const TAIL_EVERY: Duration = Duration::from_millis(200);
 
 /// Messages of the tail in one event.
 const TAIL_BATCH_MAX: usize = 100;
+
+/// The last millisecond that RFC 3339 can write.
+const SINCE_MS_MAX: u64 = 253_402_300_799_999;
 
 /// How long the broker and the registry may take to tell of one client.
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
@@ -84,26 +87,29 @@ struct Feed {
     overview: watch::Receiver<Arc<Overview>>,
     shutdown: watch::Receiver<bool>,
     seconds: u64,
-    greeted: bool,
+    /// Until when the page has the samples, in milliseconds; taken by the greeting.
+    since_ms: Option<u64>,
     _place: Place,
 }
 
 /// The console's feed (server-sent events).
 ///
-/// Sends `hello` once (version, broker, the samples of the last hour), `overview` every second, `sample` every five,
+/// Sends `hello` once (version, broker, the samples of the last hour, or those since `since`), `overview` every second, `sample` every five,
 /// and what is asked for: `clients` (a page of clients with depths and rates), `client` (one, with its actors; or
-/// `gone`), `tail` (messages as they are published, at most 200 a second). Each event's data is one JSON object.
+/// `gone`; `last_attempt` is the id of its newest webhook attempt), `tail` (messages as they are published, at most 200 a second). Each event's data is one JSON object.
 #[utoipa::path(
-    get, path = "/console/feed", tag = "operation",
+    get, path = "/console/feed", operation_id = "console_feed", tag = "operation",
     params(
         ("clients" = Option<u32>, Query, minimum = 0, maximum = 1, description = "1 for a page of clients."),
         ("q" = Option<String>, Query, description = "Only clients with this in their id or name."),
         ("sort" = Option<Sort>, Query, description = "What the clients are sorted by."),
-        ("order" = Option<String>, Query, description = "`asc` or `desc`."),
+        ("order" = Option<super::openapi::SortOrder>, Query, description = "`asc` unless given."),
         ("offset" = Option<u32>, Query, minimum = 0, maximum = 10_000_000, description = "Clients to skip."),
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 200, description = "Clients at most; 50 unless given."),
-        ("client" = Option<String>, Query, description = "One client by its id."),
-        ("tail" = Option<String>, Query, description = "A pattern of topics to watch; `#` shows broadcasts too."),
+        ("client" = Option<String>, Query, pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description = "One client by its id."),
+        ("since" = Option<i64>, Query, minimum = 0, maximum = 253_402_300_799_999_i64,
+            description = "The page has the samples until then (Unix time in milliseconds): only newer ones are sent."),
+        ("tail" = Option<PatternText>, Query, description = "A pattern of topics to watch; `#` shows broadcasts too."),
     ),
     responses(
         (status = 200, description = "Events, until the caller hangs up", body = String, content_type = "text/event-stream"),
@@ -124,6 +130,10 @@ pub(crate) async fn feed(call: Call) -> Answer {
         offset: query.integer("offset", 0..=10_000_000, 0) as usize,
         limit: query.integer("limit", 1..=200, 50) as usize,
     };
+    let since_ms = query.parsed("since", |text| {
+        let ms = text.parse().ok().filter(|ms| *ms <= SINCE_MS_MAX);
+        ms.ok_or_else(|| format!("must be a time in milliseconds, 0 to {SINCE_MS_MAX}"))
+    });
     let client = query.parsed("client", |text| ClientId::parse(text).map_err(|error| error.to_string()));
     let pattern = query.parsed("tail", |text| Pattern::parse(text).map_err(|error| error.to_string()));
     query.finish()?;
@@ -143,7 +153,7 @@ pub(crate) async fn feed(call: Call) -> Answer {
         overview: call.api.state.telemetry.board.overview(),
         shutdown: call.api.state.shutdown.clone(),
         seconds: 0,
-        greeted: false,
+        since_ms: Some(since_ms.unwrap_or(0)),
         _place: place,
         call,
     };
@@ -171,9 +181,8 @@ impl Feed {
         if *self.shutdown.borrow() {
             return None;
         }
-        if !self.greeted {
-            self.greeted = true;
-            let mut events = self.hello();
+        if let Some(since_ms) = self.since_ms.take() {
+            let mut events = self.hello(since_ms);
             self.each_second(&mut events).await;
             return Some(events.into());
         }
@@ -215,10 +224,11 @@ impl Feed {
         }
     }
 
-    fn hello(&self) -> String {
+    fn hello(&self, since_ms: u64) -> String {
         let state = &self.call.api.state;
         let mut events = String::new();
-        let history = state.telemetry.history.all();
+        let mut history = state.telemetry.history.all();
+        history.retain(|sample| u64::try_from(sample.at.as_millis()).is_ok_and(|at_ms| at_ms > since_ms));
         let hello = json!({"version": env!("CARGO_PKG_VERSION"), "broker": state.broker.name(), "history": history});
         event(&mut events, "hello", &hello);
         events
@@ -238,7 +248,8 @@ impl Feed {
         }
         let state = &self.call.api.state;
         if let Some(page) = &self.page {
-            event(events, "clients", &page.show(&state.directory, &state.telemetry.board, &overview));
+            let breakers = &state.webhooks.breakers;
+            event(events, "clients", &page.show(&state.directory, &state.telemetry.board, &overview, breakers));
         }
         if let Some(client) = &self.client {
             self.one_client(client, events).await;
@@ -253,16 +264,24 @@ impl Feed {
         let depths = tokio::time::timeout(ASK_TIMEOUT, state.broker.depths(id)).await;
         let actors = tokio::time::timeout(ASK_TIMEOUT, ask(&self.call, GetActorStates(id.clone()))).await;
         let actors: Option<ActorStates> = actors.ok().and_then(Result::ok).flatten();
+        // The newest one's id: the page looks for more when it changes.
+        let last_attempt = match entry.record.webhook {
+            Some(_) => tokio::time::timeout(ASK_TIMEOUT, state.webhooks.log.page(id, None, 1)).await.ok(),
+            None => None,
+        };
+        let last_attempt = last_attempt.and_then(Result::ok).and_then(|page| page.attempts.first().map(|last| last.id));
         let stats = state.telemetry.board.client(id.as_str());
-        let mut view = ClientView::new(&entry.record);
+        let breaker = state.webhooks.breakers.get(id);
+        let mut view = ClientView::new(&entry.record).with_breaker(breaker);
         if let Some(actors) = actors {
             view = view.with_live(depths.ok().and_then(Result::ok), actors);
         }
         let shown = json!({
             "record": view,
-            "state": rows::state(&entry.record, actors.as_ref()).as_str(),
+            "state": rows::state(&entry.record, actors.as_ref(), breaker).as_str(),
             "sent_per_s": stats.sent_per_s,
             "received_per_s": stats.received_per_s,
+            "last_attempt": last_attempt,
         });
         event(events, "client", &shown);
     }

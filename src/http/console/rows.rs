@@ -13,6 +13,7 @@ use crate::client::{ClientId, ClientRecord};
 use crate::directory::{ClientEntry, Directory};
 use crate::telemetry::Board;
 use crate::telemetry::observer::{ClientStats, Overview};
+use crate::webhook::{BreakerState, Breakers};
 
 /// What the clients are sorted by. Equals are in order of their ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ToSchema)]
@@ -46,6 +47,7 @@ pub(super) enum State {
     Ok,
     Paused,
     Starting,
+    BreakerOpen,
     WebhookOff,
     Restarting,
     Failing,
@@ -57,6 +59,7 @@ impl State {
             Self::Ok => "ok",
             Self::Paused => "paused",
             Self::Starting => "starting",
+            Self::BreakerOpen => "breaker open",
             Self::WebhookOff => "webhook off",
             Self::Restarting => "restarting",
             Self::Failing => "failing",
@@ -65,7 +68,7 @@ impl State {
 }
 
 /// The worst that is known of a client.
-pub(super) fn state(record: &ClientRecord, actors: Option<&ActorStates>) -> State {
+pub(super) fn state(record: &ClientRecord, actors: Option<&ActorStates>, breaker: Option<BreakerState>) -> State {
     let of_actor = |state: ActorState| match state {
         ActorState::Failing => State::Failing,
         ActorState::Restarting => State::Restarting,
@@ -78,6 +81,8 @@ pub(super) fn state(record: &ClientRecord, actors: Option<&ActorStates>) -> Stat
     });
     let of_webhook = match &record.webhook {
         Some(webhook) if !webhook.enabled => State::WebhookOff,
+        // Probed, it is not well yet.
+        Some(_) if matches!(breaker, Some(BreakerState::Open | BreakerState::HalfOpen)) => State::BreakerOpen,
         _ => State::Ok,
     };
     let of_pause = if record.paused { State::Paused } else { State::Ok };
@@ -122,7 +127,7 @@ struct Candidate {
 
 impl Page {
     /// Makes the page. Takes a few milliseconds for ten thousand clients.
-    pub(super) fn show(&self, directory: &Directory, board: &Board, overview: &Overview) -> Shown {
+    pub(super) fn show(&self, directory: &Directory, board: &Board, overview: &Overview, breakers: &Breakers) -> Shown {
         let troubled: HashMap<&ClientId, &ActorStates> =
             overview.actors.troubled.iter().map(|(id, states)| (id, states)).collect();
         let all = directory.page(None, usize::MAX);
@@ -133,7 +138,7 @@ impl Page {
                 .map(|entry| {
                     let id = &entry.record.client_id;
                     let (stats, actors) = (stats.get(id).copied().unwrap_or_default(), troubled.get(id).copied());
-                    let state = state(&entry.record, actors);
+                    let state = state(&entry.record, actors, breakers.get(id));
                     Candidate { entry, stats, state }
                 })
                 .collect()
@@ -206,7 +211,8 @@ mod tests {
     }
 
     fn ids(page: &Page, directory: &Directory) -> Vec<String> {
-        let shown = page.show(directory, &Board::default(), &Overview::default());
+        let breakers = Breakers::new(crate::telemetry::new(0));
+        let shown = page.show(directory, &Board::default(), &Overview::default(), &breakers);
         shown.rows.iter().map(|row| row.client_id.to_string()).collect()
     }
 
@@ -234,8 +240,20 @@ mod tests {
         let running = ActorState::Running;
         let mut actors =
             ActorStates { forwarder: running, broadcaster: running, subscriber: running, pusher: ActorState::Stopped };
-        assert_eq!(state(record, Some(&actors)).as_str(), "paused");
+        assert_eq!(state(record, Some(&actors), None).as_str(), "paused");
         actors.subscriber = ActorState::Failing;
-        assert_eq!(state(record, Some(&actors)).as_str(), "failing");
+        assert_eq!(state(record, Some(&actors), None).as_str(), "failing");
+    }
+
+    #[test]
+    fn a_breaker_that_is_not_closed_is_shown_of_a_webhook_that_is_on() {
+        let directory = directory([("a", None, false)]);
+        let mut record = directory.get("a").expect("there").record.clone();
+        let open = Some(BreakerState::Open);
+        assert_eq!(state(&record, None, open).as_str(), "ok", "what is left of a webhook that was removed");
+        record.webhook = serde_json::from_str(r#"{"url": "https://example.org/"}"#).expect("a webhook");
+        assert_eq!(state(&record, None, open).as_str(), "breaker open");
+        assert_eq!(state(&record, None, Some(BreakerState::HalfOpen)).as_str(), "breaker open");
+        assert_eq!(state(&record, None, Some(BreakerState::Closed)).as_str(), "ok");
     }
 }

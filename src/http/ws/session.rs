@@ -168,6 +168,10 @@ impl Session {
 
     /// Once a second: is the peer there, is the client what it was?
     fn look(&mut self) -> Option<End> {
+        if !self.publishing.has_room() {
+            // It is not read from because the broker is behind: what it may be saying is not silence.
+            self.heard = Instant::now();
+        }
         let silent = self.heard.elapsed();
         if silent > SILENCE_MAX {
             return Some(End::Gone);

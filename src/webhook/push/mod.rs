@@ -37,6 +37,7 @@ use super::breaker::{Breaker, BreakerState, Gate};
 use super::breakers::{Breakers, ShownBreaker};
 use super::endpoint::{Endpoint, Sender};
 use super::failure::Failure;
+use super::hand::{AllHands, Hand, Held};
 use super::pacer::Pacer;
 use super::throttle::Throttle;
 use super::verdict::OffReason;
@@ -82,6 +83,8 @@ pub struct Means {
     pub breakers: Arc<Breakers>,
     /// Counts and traces.
     pub telemetry: Telemetry,
+    /// Counts the bytes that all pushers hold.
+    pub hands: Arc<AllHands>,
     /// [`DISABLE_AFTER`], or less in tests.
     pub disable_after: Duration,
 }
@@ -95,7 +98,7 @@ impl Means {
     pub async fn open(db: Db, sender: Sender, retention: Duration, telemetry: Telemetry) -> Result<Self, DbError> {
         let log = AttemptLog::new(WebhookTables::open(db).await?, retention);
         let breakers = Breakers::new(telemetry.clone());
-        Ok(Self { sender, log, breakers, telemetry, disable_after: DISABLE_AFTER })
+        Ok(Self { sender, log, breakers, telemetry, hands: Arc::default(), disable_after: DISABLE_AFTER })
     }
 }
 
@@ -137,6 +140,7 @@ struct Waiting {
     consumer: u32,
     /// Attempts made before.
     attempts: u32,
+    _held: Held,
 }
 
 type UnderWay = Pin<Box<dyn Future<Output = Finished>>>;
@@ -162,6 +166,7 @@ pub struct Push<H> {
     /// Number of the present consumer.
     consumers: u32,
     prefetch: u32,
+    hand: Hand,
 
     waiting: VecDeque<Waiting>,
     under_way: FuturesUnordered<UnderWay>,
@@ -207,6 +212,7 @@ impl<H: Host> Push<H> {
             shown: means.breakers.show(client.clone()),
             pacer: Pacer::new(webhook.rate_limit_per_s),
             signing: Signing::new(secrets),
+            hand: Hand::new(Arc::clone(&means.hands)),
             host,
             means,
             client,
@@ -288,17 +294,19 @@ impl<H: Host> Push<H> {
         if self.webhook.ordered { 1 } else { self.webhook.concurrency.max(1) as usize }
     }
 
-    /// Messages that may be in hand: twice what is under way, so that the next are there when one ends.
+    /// Messages that may be in hand: twice what is under way, so that the next are there when one ends, and no more than
+    /// fit in memory.
     fn prefetch_wanted(&self) -> u32 {
         if self.webhook.ordered || self.breaker.state() != BreakerState::Closed || self.throttle.is_on() {
             return 1;
         }
         let twice = self.webhook.concurrency.max(1).saturating_mul(2);
-        self.webhook.rate_limit_per_s.map_or(twice, |rate| twice.min(rate.saturating_mul(RATE_IN_HAND_S).max(1)))
+        let rate = self.webhook.rate_limit_per_s.map_or(u32::MAX, |rate| rate.saturating_mul(RATE_IN_HAND_S).max(1));
+        self.hand.fitting(twice.min(rate))
     }
 
     fn room(&self) -> usize {
-        if self.is_ending() {
+        if self.is_ending() || self.hand.is_full() {
             return 0;
         }
         (self.prefetch as usize).saturating_sub(self.waiting.len() + self.under_way.len())
@@ -342,6 +350,13 @@ impl<H: Host> Push<H> {
         }
         let wanted = self.prefetch_wanted();
         match &self.consumer {
+            // What a broker has handed over in advance lies in this process. Told to hand out less it may keep that; a
+            // new consumer has no more than it asks for.
+            Some(_) if self.hand.fitting(self.prefetch) <= self.prefetch / 4 => {
+                self.consumer = None;
+                self.prefetch = wanted;
+                self.opening = Some(self.host.open(wanted));
+            }
             Some(consumer) if wanted != self.prefetch => {
                 consumer.set_prefetch(wanted);
                 self.prefetch = wanted;
@@ -419,7 +434,8 @@ impl<H: Host> Push<H> {
             let message = Arc::clone(message);
             let attempts = self.attempts_before(&delivery, &message);
             self.held_since = self.webhook.ordered.then(Instant::now);
-            self.waiting.push_back(Waiting { delivery, message, consumer: self.consumers, attempts });
+            let held = self.hand.take(message.envelope.len());
+            self.waiting.push_back(Waiting { delivery, message, consumer: self.consumers, attempts, _held: held });
         }
         self.settle_outcomes();
     }

@@ -39,6 +39,19 @@ broker_tests! {
         assert_eq!(came.len(), 20, "each once: {came:?}");
     }
 
+    async fn g2_a_consumer_that_goes_at_once_takes_nothing_with_it(env: &mut BrokerEnv) {
+        let a = env.client("a", &[]).await;
+        let outbox = Queue::Outbox(a.clone());
+        env.publish(&outbox, numbered(&a, "x", 20)).await;
+        for n in 0..20_u64 {
+            // Gone while it subscribes, when it just has, or with its first deliveries.
+            let mut consumer = env.consume(&outbox, 100).await;
+            let _ = actix_rt::time::timeout(Duration::from_micros(n * 500), consumer.next(5)).await;
+        }
+        let mut last = env.consume(&outbox, 100).await;
+        assert_eq!(delivered_bodies(&next_exactly(&mut last, 20).await), numbers(20));
+    }
+
     async fn g2_a_delivery_outlives_its_consumer(env: &mut BrokerEnv) {
         let a = env.client("a", &[]).await;
         let outbox = Queue::Outbox(a.clone());
@@ -154,6 +167,22 @@ broker_tests! {
         futures_util::join!(to_publish, to_topic);
         let came = env.pull_exactly(&b, 500, backbone::broker::PullMode::Auto).await;
         assert_eq!(crate::support::env::bodies(&came), numbers(500));
+    }
+
+    async fn g3_order_holds_from_one_consumer_to_the_next(env: &mut BrokerEnv) {
+        let a = env.client("a", &[]).await;
+        let outbox = Queue::Outbox(a.clone());
+        env.publish(&outbox, numbered(&a, "x", 204)).await;
+        for round in 0..20 {
+            // It has been handed far more than it takes when it goes; and some of what it took goes back with it.
+            let mut consumer = env.consume(&outbox, 64).await;
+            let mut batch = next_exactly(&mut consumer, 14).await;
+            let first = round * 10;
+            assert_eq!(delivered_bodies(&batch), numbers(first + 14)[first..], "round {round}");
+            let back = batch.split_off(10);
+            settle_all(batch, Outcome::Complete).await;
+            drop(back);
+        }
     }
 
     async fn g3_order_holds_across_a_restart(env: &mut BrokerEnv) {

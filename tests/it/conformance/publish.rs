@@ -136,6 +136,31 @@ broker_tests! {
         eventually("the id is new again", SOON, async || (!publish().await).then_some(())).await;
     }
 
+    async fn g5_an_id_used_again_after_the_window_is_another_message(env: &mut BrokerEnv) {
+        env.restart_with_dedup_window(Duration::from_secs(1)).await;
+        let a = env.client("a", &["x"]).await;
+        let (outbox, inbox) = (Queue::Outbox(a.clone()), Queue::Inbox(a.clone()));
+        for round in 0..2 {
+            let body = round.to_string();
+            eventually("the id is new", SOON, async || {
+                let own = own_message(&a, "1", Some("x"), &body);
+                (!env.publish(&outbox, vec![own]).await.duplicates[0]).then_some(())
+            })
+            .await;
+            env.forward(&outbox, Target::Publish, 1).await;
+            env.forward(&Queue::Publish, Target::Topic, 1).await;
+            // Settled by its receiver the first time; the second one, given back once, is not taken for that.
+            for is_last in [false, true] {
+                let mut consumer = env.consume(&inbox, 10).await;
+                let batch = next_exactly(&mut consumer, 1).await;
+                assert_eq!(delivered_bodies(&batch), [body.clone()]);
+                if is_last {
+                    settle_all(batch, Outcome::Complete).await;
+                }
+            }
+        }
+    }
+
     async fn g5_the_same_id_at_the_same_time_is_taken_once(env: &mut BrokerEnv) {
         let a = env.client("a", &[]).await;
         let outbox = Queue::Outbox(a.clone());

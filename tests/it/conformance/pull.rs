@@ -134,7 +134,7 @@ broker_tests! {
         let pulled = env.pull_exactly(&a, 3, LONG).await;
         let first_two = receipts(&pulled[..2]);
         assert!(env.broker().settle_pulled(&a, first_two, PullOutcome::Ack).await.expect("settles").is_empty());
-        env.kill().await;
+        env.kill_rabbitmq().await;
         let left = env.pull_exactly(&a, 1, LONG).await;
         assert_eq!(bodies(&left), ["2"]);
         assert!(env.pull(&a, 10, A_WHILE, LONG).await.is_empty());
@@ -145,7 +145,7 @@ broker_tests! {
         env.route(&a, "x", &["0", "1", "2"]).await;
         let pulled = env.pull_exactly(&a, 2, PullMode::Auto).await;
         assert!(pulled.iter().all(|pulled| pulled.receipt.is_none() && pulled.deliveries == 1));
-        env.kill().await;
+        env.kill_rabbitmq().await;
         assert_eq!(bodies(&env.pull_exactly(&a, 1, PullMode::Auto).await), ["2"]);
         assert!(env.pull(&a, 10, A_WHILE, PullMode::Auto).await.is_empty());
     }

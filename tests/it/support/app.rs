@@ -61,7 +61,44 @@ impl TestApp {
         data_dir: &std::path::Path,
         env: &[(&str, &str)],
     ) -> Self {
-        let provision = kind.provision().await;
+        Self::start_provisioned(kind.provision().await, directory, data_dir, env).await
+    }
+
+    /// The same on a broker that is there already.
+    pub(crate) async fn start_provisioned(
+        provision: Provision,
+        directory: TempDir,
+        data_dir: &std::path::Path,
+        env: &[(&str, &str)],
+    ) -> Self {
+        let mut app = Self::prepare(provision, directory, data_dir, env).await;
+        app.router.wait_until_ready().await;
+        app
+    }
+
+    /// Starts one on the RabbitMQ at `url`, which the test looks after, and waits until it is ready.
+    pub(crate) async fn start_on(kind: BrokerKind, url: String, env: &[(&str, &str)]) -> Self {
+        let mut app = Self::start_away_from(kind, url, env).await;
+        app.router.wait_until_ready().await;
+        app
+    }
+
+    /// The same for a RabbitMQ that may not be there: waits until the router answers.
+    pub(crate) async fn start_away_from(kind: BrokerKind, url: String, env: &[(&str, &str)]) -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let data_dir = directory.path().join("data");
+        std::fs::create_dir(&data_dir).expect("a data directory");
+        let provision = Provision { router_env: kind.router_env(url), _keep: None };
+        Self::prepare(provision, directory, &data_dir, env).await
+    }
+
+    /// Starts it and waits until it answers.
+    async fn prepare(
+        provision: Provision,
+        directory: TempDir,
+        data_dir: &std::path::Path,
+        env: &[(&str, &str)],
+    ) -> Self {
         let usual = [
             ("SOAR_SHUTDOWN_TIMEOUT", "15"),
             // Endpoints of the tests.
@@ -70,7 +107,9 @@ impl TestApp {
         ];
         let mut variables: BTreeMap<String, String> = provision.router_env.clone().into_iter().collect();
         variables.extend(usual.iter().chain(env).map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        let router = RouterProcess::start(data_dir, variables).await;
+        let mut router = RouterProcess::prepare(data_dir, variables);
+        router.spawn();
+        router.wait_until_alive().await;
         let admin_token = router.admin_token();
         let api = Api::new(router.address());
         let secrets = vec![admin_token.clone()];

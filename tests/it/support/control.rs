@@ -35,6 +35,20 @@ pub(crate) struct ControlPlane {
 
 impl Fixture for ControlPlane {
     async fn start(kind: BrokerKind) -> Self {
+        Self::start_with_retention(kind, Duration::from_secs(86_400)).await
+    }
+
+    async fn finish(self) {
+        let shutdown = self.registry.send(Shutdown { within: SOON });
+        soon("the actors stop", shutdown).await.expect("the registry answers");
+        self.env.finish().await;
+        self.db.close();
+    }
+}
+
+impl ControlPlane {
+    /// One that keeps dead letters for this long.
+    pub(crate) async fn start_with_retention(kind: BrokerKind, retention: Duration) -> Self {
         let env = BrokerEnv::start(kind).await;
         let directory = tempfile::tempdir().expect("a temporary directory");
         let db = Db::open(&directory.path().join("clients.db")).expect("opens the file");
@@ -47,7 +61,7 @@ impl Fixture for ControlPlane {
             directory: Arc::new(Directory::default()),
             telemetry: telemetry.clone(),
             max_message_bytes: 1 << 20,
-            retention: Duration::from_secs(86_400),
+            retention,
             pusher: None,
             attempts: None,
         };
@@ -55,15 +69,6 @@ impl Fixture for ControlPlane {
         Self { env, registry, telemetry, db, _directory: directory }
     }
 
-    async fn finish(self) {
-        let shutdown = self.registry.send(Shutdown { within: SOON });
-        soon("the actors stop", shutdown).await.expect("the registry answers");
-        self.env.finish().await;
-        self.db.close();
-    }
-}
-
-impl ControlPlane {
     /// Onboards a client.
     pub(crate) async fn onboard(&self, name: &str, subscriptions: &[&str]) -> ClientId {
         let client_id = client_id(name);

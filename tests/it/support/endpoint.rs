@@ -430,6 +430,17 @@ impl Authority {
 }
 
 impl Leaf {
+    /// The certificate in PEM, and its key.
+    pub(crate) fn pem(&self) -> (String, String) {
+        use base64::Engine as _;
+        let pem = |label: &str, der: &[u8]| {
+            let text = base64::engine::general_purpose::STANDARD.encode(der);
+            let lines: Vec<&str> = text.as_bytes().chunks(64).filter_map(|line| str::from_utf8(line).ok()).collect();
+            format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
+        };
+        (pem("CERTIFICATE", &self.chain[0]), pem("PRIVATE KEY", &self.key))
+    }
+
     fn acceptor(&self) -> TlsAcceptor {
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(self.key.clone()));
         let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))

@@ -23,6 +23,8 @@ use super::wait::{SOON, eventually, soon};
 /// A broker under test, and what a test does with it all the time.
 pub(crate) struct BrokerEnv {
     dedup_window: Duration,
+    /// Whether opening it waits until it can be used.
+    wait_ready: bool,
     backend: Backend,
 }
 
@@ -61,7 +63,7 @@ async fn open_embedded(directory: TempDir, dedup_window: Duration) -> Backend {
     Backend::Embedded { directory, db, broker }
 }
 
-/// Connects to RabbitMQ, with what this process knows of it in a file in `directory`, and waits until it is ready.
+/// Begins to connect to RabbitMQ, with what this process knows of it in a file in `directory`.
 async fn open_rabbitmq(place: Place, kind: BrokerKind, directory: TempDir, dedup_window: Duration) -> Backend {
     let db = Db::open(&directory.path().join("backbone.db")).expect("opens the file");
     let url = match &place {
@@ -72,8 +74,15 @@ async fn open_rabbitmq(place: Place, kind: BrokerKind, directory: TempDir, dedup
         backbone::broker::amqp::Options { url, queue_type: kind.queue_type(), management_url: None, dedup_window };
     let telemetry = backbone::telemetry::new(1000);
     let broker = backbone::broker::amqp::connect(options, db.clone(), telemetry).await.expect("opens the broker");
-    eventually("RabbitMQ is reached", SOON, async || (broker.health() == Health::Ready).then_some(())).await;
     Backend::Rabbitmq { place, kind, directory, db, broker }
+}
+
+impl Backend {
+    async fn wait_ready(&self) {
+        if let Self::Rabbitmq { broker, .. } = self {
+            eventually("RabbitMQ is reached", SOON, async || (broker.health() == Health::Ready).then_some(())).await;
+        }
+    }
 }
 
 /// Copies what a kill would leave of an open file. The write-ahead log first: what a checkpoint moves meanwhile is then
@@ -98,7 +107,8 @@ impl Fixture for BrokerEnv {
                 open_rabbitmq(place, kind, directory, DEDUP_WINDOW).await
             }
         };
-        Self { dedup_window: DEDUP_WINDOW, backend }
+        backend.wait_ready().await;
+        Self { dedup_window: DEDUP_WINDOW, wait_ready: true, backend }
     }
 
     async fn finish(self) {
@@ -122,9 +132,10 @@ impl Fixture for KillableEnv {
             return Self(BrokerEnv::start(kind).await);
         }
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let place = Place::Node(Node::start().await);
+        let place = Place::Node(Node::start_plain().await);
         let backend = open_rabbitmq(place, kind, directory, DEDUP_WINDOW).await;
-        Self(BrokerEnv { dedup_window: DEDUP_WINDOW, backend })
+        backend.wait_ready().await;
+        Self(BrokerEnv { dedup_window: DEDUP_WINDOW, wait_ready: true, backend })
     }
 
     async fn finish(self) {
@@ -153,6 +164,21 @@ impl KillableEnv {
     pub(crate) async fn kill(&mut self) {
         self.0.reopen(true).await;
     }
+
+    /// Kills RabbitMQ alone; this process lives, and finds its way back. The embedded broker is in the process, so it is
+    /// killed with it.
+    ///
+    /// For what a receiver has settled: RabbitMQ does not confirm acknowledgements, so the last of them may be undone
+    /// when both are killed in the same moment, and only then (`backbone::broker::amqp`, what is weaker).
+    pub(crate) async fn kill_rabbitmq(&mut self) {
+        let Backend::Rabbitmq { place, broker, .. } = &mut self.0.backend else { return self.kill().await };
+        let Place::Node(node) = place else { panic!("a shared node is not killed") };
+        node.kill();
+        eventually("the broker notices", SOON, async || (broker.health() != Health::Ready).then_some(())).await;
+        node.spawn();
+        node.wait_until_up().await;
+        eventually("RabbitMQ is reached", SOON, async || (broker.health() == Health::Ready).then_some(())).await;
+    }
 }
 
 impl BrokerEnv {
@@ -164,9 +190,24 @@ impl BrokerEnv {
         }
     }
 
+    /// Where it is on RabbitMQ, when that is a place that many tests share.
+    pub(crate) fn virtual_host(&self) -> &VirtualHost {
+        match &self.backend {
+            Backend::Rabbitmq { place: Place::Shared(host), .. } => host,
+            _ => panic!("it has no virtual host"),
+        }
+    }
+
     /// Closes the broker and opens it again. Consumers and deliveries of before are dead.
     pub(crate) async fn restart(&mut self) {
         self.reopen(false).await;
+    }
+
+    /// The same without waiting for RabbitMQ.
+    pub(crate) async fn restart_unready(&mut self) {
+        self.wait_ready = false;
+        self.reopen(false).await;
+        self.wait_ready = true;
     }
 
     /// Opens again with another dedup window.
@@ -185,12 +226,14 @@ impl BrokerEnv {
                     let Place::Node(node) = &mut place else { panic!("a shared node is not killed") };
                     node.kill();
                     copy_files(directory.path(), copy.path());
-                    node.restart().await;
+                    node.spawn();
                 }
+                // After the kill and before RabbitMQ is back, so that what was killed does nothing any more.
                 soon("the broker closes", broker.close()).await;
                 db.close();
-                if !killed {
-                    copy_files(directory.path(), copy.path());
+                match &mut place {
+                    Place::Node(node) if killed => node.wait_until_up().await,
+                    _ => copy_files(directory.path(), copy.path()),
                 }
                 open_rabbitmq(place, kind, copy, self.dedup_window).await
             }
@@ -208,6 +251,9 @@ impl BrokerEnv {
                 open_embedded(copy, self.dedup_window).await
             }
         };
+        if self.wait_ready {
+            self.backend.wait_ready().await;
+        }
     }
 
     /// Declares a client without limits, bound to these patterns.

@@ -103,3 +103,32 @@ macro_rules! broker_tests {
         }
     };
 }
+
+/// Makes each `async fn name(kind: BrokerKind)` a test on RabbitMQ with queues of each type: `classic::name` and
+/// `quorum::name`. For what is about RabbitMQ itself, in a module that has `rabbitmq` in its path. Once in a file.
+macro_rules! queue_type_tests {
+    ($( $(#[$meta:meta])* async fn $name:ident($kind:ident: BrokerKind) $body:block )*) => {
+        $( $(#[$meta])* async fn $name($kind: $crate::support::fixture::BrokerKind) $body )*
+        queue_type_tests!(@on classic RabbitmqClassic [$($name,)*]);
+        queue_type_tests!(@on quorum RabbitmqQuorum [$($name,)*]);
+    };
+    (@on $module:ident $kind:ident [$($name:ident,)*]) => {
+        mod $module {
+            $(
+                #[actix_rt::test]
+                async fn $name() {
+                    super::$name($crate::support::fixture::BrokerKind::$kind).await;
+                }
+            )*
+        }
+    };
+}
+
+/// Makes each `async fn name(x: &mut SomeFixture)` a test on RabbitMQ with either type of queues. Once in a file.
+macro_rules! rabbitmq_tests {
+    ($( $(#[$meta:meta])* async fn $name:ident($env:ident: &mut $fixture:ty) $body:block )*) => {
+        $( $(#[$meta])* async fn $name($env: &mut $fixture) $body )*
+        broker_tests!(@on rabbitmq_classic RabbitmqClassic [$($name: $fixture,)*]);
+        broker_tests!(@on rabbitmq_quorum RabbitmqQuorum [$($name: $fixture,)*]);
+    };
+}

@@ -1,5 +1,7 @@
 //! Producers and consumers that note every message and every answer, and the reckoning at the end: what promise 2, 3 and
-//! 4 of the contract come to when the router is killed in the middle.
+//! 4 of the contract come to when the router or the broker is killed in the middle.
+//!
+//! [`Traffic`] is a whole set of them: each manner of sending, and inboxes with patterns of several kinds.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -8,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::app::TestApp;
 use super::http::{Client, receipts};
-use super::wait::SOON;
+use super::wait::{SOON, eventually};
 
 /// How long a producer or consumer waits before it tries a router again that did not answer.
 const TRY_AGAIN: Duration = Duration::from_millis(20);
@@ -86,6 +89,8 @@ impl Load {
             if let Some(ids) = self.send(&client, &items, manner).await {
                 self.accepted.set(self.accepted.get() + items.len());
                 self.note(&client.id, count, Fate::Accepted, topic, &ids);
+            } else {
+                actix_rt::time::sleep(TRY_AGAIN).await;
             }
         }
     }
@@ -137,7 +142,8 @@ impl Load {
                 Ok(answer) if answer.status == 200 => answer.json()["messages"].as_array().expect("messages").clone(),
                 Ok(answer) => {
                     assert_eq!(answer.status, 503, "{answer:?}");
-                    Vec::new()
+                    actix_rt::time::sleep(TRY_AGAIN).await;
+                    continue;
                 }
                 Err(_) => {
                     actix_rt::time::sleep(TRY_AGAIN).await;
@@ -223,6 +229,107 @@ impl Received {
 
 fn name_of(message: &Value) -> Name {
     (message["from"].as_str().expect("a sender").to_owned(), message["n"].as_u64().expect("a count"))
+}
+
+/// Which topics a consumer wants; `None` is a broadcast.
+type Wants = fn(Option<&str>) -> bool;
+
+/// A consumer: what it wants, and what it got.
+struct Consumer {
+    client: Client,
+    wants: Wants,
+    received: Received,
+}
+
+/// Producers of every manner, and consumers that want some of it or all.
+pub(crate) struct Traffic {
+    pub(crate) load: Load,
+    consumers: Vec<Consumer>,
+    producers: Vec<actix_rt::task::JoinHandle<()>>,
+    tasks: Vec<actix_rt::task::JoinHandle<()>>,
+    done: Rc<Cell<bool>>,
+}
+
+impl Traffic {
+    /// Onboards them all and starts the producers; also the consumers when `consuming`, else a backlog grows.
+    pub(crate) async fn start(app: &mut TestApp, consuming: bool) -> Self {
+        let kinds: [(&str, &[&str], Wants); 3] = [
+            ("a-only", &["load.a.*"], |topic| topic.is_none_or(|topic| topic.starts_with("load.a."))),
+            ("b-only", &["*.b.#", "load.b.2"], |topic| topic.is_none_or(|topic| topic.starts_with("load.b."))),
+            ("all", &["#"], |_| true),
+        ];
+        let mut consumers = Vec::new();
+        for (id, patterns, wants) in kinds {
+            consumers.push(Consumer { client: app.onboard(id, patterns).await, wants, received: Received::default() });
+        }
+        let load = Load::default();
+        let mut producers = Vec::new();
+        for (id, topic, manner) in [
+            ("single", "load.a.1", Manner::Single),
+            ("batch", "load.b.1", Manner::Batch(10)),
+            ("own", "load.b.2", Manner::OwnIds(5)),
+            ("own-single", "load.a.2", Manner::OwnIds(1)),
+            ("notify", "", Manner::Notify),
+        ] {
+            let client = app.onboard(id, &[]).await;
+            let load = load.clone();
+            producers.push(actix_rt::spawn(async move { load.produce(client, topic.to_owned(), manner).await }));
+        }
+        let mut traffic = Self { load, consumers, producers, tasks: Vec::new(), done: Rc::default() };
+        if consuming {
+            traffic.consume();
+        }
+        traffic
+    }
+
+    fn consume(&mut self) {
+        for consumer in &self.consumers {
+            let (load, client, received) = (self.load.clone(), consumer.client.clone(), consumer.received.clone());
+            let done = Rc::clone(&self.done);
+            self.tasks.push(actix_rt::spawn(async move { load.consume(client, received, done).await }));
+        }
+    }
+
+    /// How many messages came in all, copies included.
+    pub(crate) fn received(&self) -> usize {
+        self.consumers.iter().map(|consumer| consumer.received.len()).sum()
+    }
+
+    /// Ends the producers, waits until everything has come, and holds it against what was sent. `ordered`: nothing was
+    /// delivered again, so each sender's messages came in order.
+    pub(crate) async fn finish(mut self, ordered: bool) {
+        self.load.stop();
+        for producer in std::mem::take(&mut self.producers) {
+            producer.await.expect("a producer");
+        }
+        if self.tasks.is_empty() {
+            self.consume();
+        }
+        let mut before = 0;
+        eventually("all that was accepted is received", SOON, async || {
+            // Looked at when nothing more comes, because that takes the time of whoever receives.
+            if std::mem::replace(&mut before, self.received()) != self.received() {
+                return None;
+            }
+            // Not a count: messages whose sender had no answer come as well, perhaps before the last accepted ones.
+            let complete = |consumer: &Consumer| self.load.missing(&consumer.received, consumer.wants).is_empty();
+            self.consumers.iter().all(complete).then_some(())
+        })
+        .await;
+        for consumer in &self.consumers {
+            consumer.client.wait_for_depth("inbox", 0).await;
+        }
+        self.done.set(true);
+        for task in self.tasks {
+            task.await.expect("a consumer");
+        }
+        for consumer in &self.consumers {
+            self.load.reckon(&consumer.client.id, &consumer.received, consumer.wants, ordered);
+            let (all, distinct) = (consumer.received.len(), consumer.received.distinct());
+            println!("{}: {distinct} messages, {} copies more", consumer.client.id, all - distinct);
+        }
+        println!("{} accepted", self.load.accepted());
+    }
 }
 
 fn item(sender: &str, n: u64, topic: Option<&str>, manner: Manner) -> Value {

@@ -29,7 +29,7 @@ impl RouterProcess {
         router
     }
 
-    /// The same without starting it.
+    /// One on `data_dir`, with these variables and no others; not started yet.
     pub(crate) fn prepare(data_dir: &Path, env: impl IntoIterator<Item = (String, String)>) -> Self {
         Self {
             data_dir: data_dir.to_owned(),
@@ -74,7 +74,7 @@ impl RouterProcess {
     pub(crate) fn spawn(&mut self) {
         assert!(self.child.is_none(), "it runs already");
         let log = std::fs::OpenOptions::new().create(true).append(true).open(&self.log).expect("a log file");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_backbone"));
+        let mut command = Command::new(program());
         command
             .arg("serve")
             .env_clear()
@@ -182,6 +182,20 @@ impl Drop for RouterProcess {
             let _ = child.wait();
         }
     }
+}
+
+/// The program: what cargo built for the tests, unless `BACKBONE_TEST_PROGRAM` names another, to measure a release build.
+fn program() -> PathBuf {
+    #[expect(clippy::disallowed_methods, reason = "set by whoever measures, for the tests only")]
+    let named = std::env::var_os("BACKBONE_TEST_PROGRAM");
+    named.map_or_else(|| env!("CARGO_BIN_EXE_backbone").into(), PathBuf::from)
+}
+
+/// Whether tests of size take the full one (`BACKBONE_TEST_FULL=1`), which is for release builds and a quiet machine.
+pub(crate) fn is_full_size() -> bool {
+    #[expect(clippy::disallowed_methods, reason = "set by whoever measures, for the tests only")]
+    let size = std::env::var_os("BACKBONE_TEST_FULL");
+    size.is_some_and(|value| value == "1")
 }
 
 /// An address that no other test has: a loopback address made of the process id and a counter, and a port that was free

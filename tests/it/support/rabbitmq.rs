@@ -31,6 +31,8 @@ use super::wait::eventually;
 const PROGRAMS: &str = "/usr/lib/rabbitmq/bin";
 /// How long a node may take to start. A few seconds on an idle machine.
 const START: Duration = Duration::from_secs(90);
+/// Erlang's schedulers.
+const SCHEDULERS: &str = "+S 1:1 +SDcpu 1:1 +SDio 4 +A 4";
 const USER: &str = "tests";
 const PASSWORD: &str = "tests-password";
 const AMQP_PORT: u16 = 5672;
@@ -89,6 +91,7 @@ pub(crate) struct Node {
     distribution_port: u16,
     directory: PathBuf,
     home: Arc<Home>,
+    has_management: bool,
     child: Option<Child>,
     _temporary: Option<Arc<TempDir>>,
 }
@@ -100,9 +103,15 @@ impl Node {
         Self::started(node).await
     }
 
-    /// The same with more lines in its `rabbitmq.conf`.
-    pub(crate) async fn start_with(configuration: &str) -> Self {
-        let node = Self::prepare(configuration);
+    /// The same without the management API: up in half the time.
+    pub(crate) async fn start_plain() -> Self {
+        let mut node = Self::prepare("");
+        std::fs::write(node.directory.join("enabled_plugins"), "[].\n").expect("writes");
+        let configuration = std::fs::read_to_string(node.directory.join("rabbitmq.conf")).expect("reads");
+        let plain = configuration.lines().filter(|line| !line.starts_with("management."));
+        let plain = plain.map(|line| format!("{line}\n")).collect::<String>();
+        std::fs::write(node.directory.join("rabbitmq.conf"), plain).expect("writes");
+        node.has_management = false;
         Self::started(node).await
     }
 
@@ -134,7 +143,8 @@ impl Node {
         std::fs::write(directory.join("rabbitmq.conf"), configuration).expect("writes");
         std::fs::write(directory.join("enabled_plugins"), "[rabbitmq_management].\n").expect("writes");
         let distribution_port = free_port();
-        Self { address, distribution_port, directory: directory.to_owned(), home, child: None, _temporary: None }
+        let directory = directory.to_owned();
+        Self { address, distribution_port, directory, home, has_management: true, child: None, _temporary: None }
     }
 
     /// Its Erlang name.
@@ -147,14 +157,16 @@ impl Node {
         (self.address, AMQP_PORT).into()
     }
 
+    /// Adds lines to the `rabbitmq.conf` of one that is not started yet.
+    pub(crate) fn configure(&self, lines: &str) {
+        let path = self.directory.join("rabbitmq.conf");
+        let configuration = std::fs::read_to_string(&path).expect("reads") + lines + "\n";
+        std::fs::write(&path, configuration).expect("writes");
+    }
+
     /// `amqp://…` of its default virtual host.
     pub(crate) fn url(&self) -> String {
         amqp_url(self.amqp_address(), "%2f")
-    }
-
-    /// The same through a proxy at another address.
-    pub(crate) fn url_through(&self, address: SocketAddr) -> String {
-        amqp_url(address, "%2f")
     }
 
     /// The management API's `http://…`, with credentials.
@@ -205,7 +217,8 @@ impl Node {
             .env("RUNNING_UNDER_SYSTEMD", "true")
             .env(
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
-                format!("-start_epmd false -kernel inet_dist_use_interface {{{tuple}}}"),
+                // One scheduler: a node of a test has little to do, and starts quicker with the machine to share.
+                format!("-start_epmd false -kernel inet_dist_use_interface {{{tuple}}} {}", SCHEDULERS),
             )
             .stdin(Stdio::null())
             .current_dir(&self.home.directory);
@@ -236,8 +249,13 @@ impl Node {
             {
                 panic!("the node exited ({status}); its output ends:\n{}", self.tail());
             }
-            let answer = http.get(&overview).timeout(Duration::from_secs(2)).send().await.ok()?;
-            (answer.status() == 200 && std::net::TcpStream::connect(self.amqp_address()).is_ok()).then_some(())
+            // The last thing that a node does when it starts.
+            std::net::TcpStream::connect(self.amqp_address()).ok()?;
+            if self.has_management {
+                let answer = http.get(&overview).timeout(Duration::from_secs(2)).send().await.ok()?;
+                return (answer.status() == 200).then_some(());
+            }
+            Some(())
         })
         .await;
     }
@@ -362,27 +380,32 @@ impl Cluster {
         let temporary = Arc::new(tempfile::tempdir().expect("a temporary directory"));
         let addresses: Vec<Ipv4Addr> = (0..count).map(|_| own_address()).collect();
         let home = Arc::new(Home::new(temporary.path(), &addresses, true));
+        // The first forms a cluster of its own; the others find it in their configuration, and join it as they start.
         let mut nodes: Vec<Node> = Vec::new();
         for address in addresses {
+            let peer = nodes.first().map_or_else(|| format!("rabbit@{address}"), Node::name);
+            let peers = format!(
+                "cluster_formation.peer_discovery_backend = classic_config\n\
+                 cluster_formation.classic_config.nodes.1 = {peer}\n\
+                 cluster_formation.classic_config.nodes.2 = rabbit@{address}\n\
+                 cluster_formation.randomized_startup_delay_range.min = 0\n\
+                 cluster_formation.randomized_startup_delay_range.max = 1\n"
+            );
             let directory = temporary.path().join(address.to_string());
-            let mut node = Node::on(Arc::clone(&home), address, &directory, "");
+            let mut node = Node::on(Arc::clone(&home), address, &directory, &peers);
             node._temporary = Some(Arc::clone(&temporary));
             node.spawn();
+            if nodes.is_empty() {
+                node.wait_until_up().await;
+            }
             nodes.push(node);
         }
         for node in &mut nodes {
             node.wait_until_up().await;
         }
-        let first = nodes[0].name();
-        for node in &nodes[1..] {
-            node.ctl(&["stop_app"]).await;
-            node.ctl(&["reset"]).await;
-            node.ctl(&["join_cluster", &first]).await;
-            node.ctl(&["start_app"]).await;
-        }
-        for node in &mut nodes {
-            node.wait_until_up().await;
-        }
+        let members = nodes[0].manage(reqwest::Method::GET, "nodes?columns=name,running", None).await;
+        let running = members.as_array().map_or(0, |all| all.iter().filter(|node| node["running"] == true).count());
+        assert_eq!(running, count, "all nodes are members of one cluster: {members}");
         Self { nodes }
     }
 
@@ -427,6 +450,29 @@ impl VirtualHost {
     /// Its `amqp://…`.
     pub(crate) fn url(&self) -> String {
         amqp_url(self.address, &self.name)
+    }
+
+    /// Where its node takes AMQP connections.
+    pub(crate) fn amqp_address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its `amqp://…` through a proxy at another address.
+    pub(crate) fn url_through(&self, proxy: SocketAddr) -> String {
+        amqp_url(proxy, &self.name)
+    }
+
+    /// Its `amqp://…` for this user.
+    pub(crate) fn url_of(&self, user: &str, password: &str) -> String {
+        format!("amqp://{user}:{password}@{}/{}", self.address, self.name)
+    }
+
+    /// Makes a user that may do everything here, but is not the one that [`VirtualHost::url`] names.
+    pub(crate) async fn make_user(&self, user: &str, password: &str) {
+        let body = json!({"password": password, "tags": ""});
+        self.manage(reqwest::Method::PUT, &format!("users/{user}"), Some(body)).await;
+        let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
+        self.manage(reqwest::Method::PUT, &format!("permissions/{}/{user}", self.name), Some(all)).await;
     }
 
     /// Its name.

@@ -14,6 +14,7 @@ use crate::broker::{
 };
 use crate::client::{ClientId, Limits};
 use crate::envelope::Message;
+use crate::secret::SaltedHash;
 use crate::time::Timestamp;
 use crate::topic::Pattern;
 
@@ -24,6 +25,7 @@ pub(super) struct Faults {
     pub(super) consume: AtomicBool,
     pub(super) settle: AtomicBool,
     pub(super) delete: AtomicBool,
+    pub(super) password: AtomicBool,
 }
 
 /// See the module.
@@ -107,6 +109,10 @@ impl Broker for Flaky {
     async fn delete_client(&self, client: &ClientId) -> Result<(), BrokerError> {
         fail(&self.faults.delete, "delete")?;
         self.inner.delete_client(client).await
+    }
+
+    async fn set_password(&self, _client: &ClientId, _password: &SaltedHash) -> Result<(), BrokerError> {
+        fail(&self.faults.password, "set a password")
     }
 
     async fn publish(&self, queue: &Queue, messages: Vec<Message>) -> Result<Published, BrokerError> {

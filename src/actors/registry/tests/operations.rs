@@ -90,6 +90,26 @@ async fn a_client_that_cannot_be_made_whole_is_not_made() {
 }
 
 #[actix_rt::test]
+async fn a_secret_that_the_broker_does_not_take_is_none() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let world = World::open(directory.path()).await;
+    let created = world.create("a", &["x"]).await;
+    world.broker.faults.password.store(true, Ordering::SeqCst);
+    let rotate = RotateSecret { client_id: id("a"), kind: SecretKind::Client, overlap_s: 0 };
+    let refused = world.registry.send(rotate.clone()).await.expect("answers");
+    assert!(matches!(refused, Err(RegistryError::Broker(_))), "{refused:?}");
+    let verifies = |secret: &str| world.directory.get("a").expect("there").secrets.verify(secret, Timestamp::now());
+    assert!(verifies(created.secret.reveal()));
+    let refused = world.registry.send(new_client("b", &[])).await.expect("answers");
+    assert!(matches!(refused, Err(RegistryError::Broker(_))), "{refused:?}");
+    assert!(world.directory.get("b").is_none() && world.broker.depths(&id("b")).await.is_err());
+    world.broker.faults.password.store(false, Ordering::SeqCst);
+    let rotated = world.registry.send(rotate).await.expect("answers").expect("rotates");
+    assert!(verifies(&rotated.secret) && !verifies(created.secret.reveal()));
+    world.close().await;
+}
+
+#[actix_rt::test]
 async fn what_a_crash_left_of_a_creation_is_deleted_at_the_next_start() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let world = World::open(directory.path()).await;

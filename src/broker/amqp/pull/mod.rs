@@ -288,8 +288,10 @@ impl Puller {
             gone.extend(held);
         }
         if mode == PullMode::Auto {
+            let keys: Vec<u64> = gone.iter().map(|held| held.key).collect();
             if let Err(error) = settle::acknowledge_and_flush(shared, gone).await {
                 // Whether they are gone is not known. Handed to nobody they may come again.
+                shared.memory.forget_gone(keys);
                 return Err(unavailable(format!("{action}: {error}")));
             }
             shared.telemetry.metrics.delivered.inc_by(pulled.len() as u64);

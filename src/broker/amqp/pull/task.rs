@@ -136,10 +136,12 @@ impl Puller {
             _ => false,
         };
         if is_left {
-            self.give_up_buffer(&mut inner);
-        }
-        if is_left || is_short {
-            self.unsubscribe(&mut inner);
+            let outstanding = inner.store.outstanding();
+            let buffer = inner.store.take_while(|_| true);
+            self.unsubscribe(&mut inner, buffer, outstanding);
+        } else if is_short {
+            let outstanding = inner.store.outstanding();
+            self.unsubscribe(&mut inner, Vec::new(), outstanding);
         }
         if is_wanted && matches!(inner.phase, Phase::Idle) && now >= retry_at {
             return Next::Subscribe(prefetch);
@@ -162,23 +164,19 @@ impl Puller {
         Next::Wait(until)
     }
 
-    /// Gives back what nobody has taken.
-    fn give_up_buffer(&self, inner: &mut Inner) {
-        for held in inner.store.take_while(|_| true) {
-            self.shared.memory.note(held.key, held.before);
-            held.channel.give_back([held.tag]);
-        }
-    }
-
-    /// Ends the subscription. What it was handed and nobody looked at goes back.
-    fn unsubscribe(&self, inner: &mut Inner) {
+    /// Ends the subscription. The buffer, and what it was handed and nobody looked at, goes back.
+    fn unsubscribe(&self, inner: &mut Inner, buffer: Vec<Held>, outstanding: usize) {
         let subscription = match std::mem::replace(&mut inner.phase, Phase::Idle) {
             Phase::Subscribed(subscription) => subscription,
-            other => return inner.phase = other,
+            other => {
+                inner.phase = other;
+                buffer.iter().for_each(|held| self.shared.give_back(held));
+                return;
+            }
         };
         let (sender, ended) = tokio::sync::oneshot::channel();
         inner.phase = Phase::Ending(ended);
-        self.shared.end_subscription(&self.queue, subscription, Some(sender));
+        self.shared.end_subscription(&self.queue, subscription, buffer, outstanding, Some(sender));
     }
 }
 

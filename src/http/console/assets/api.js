@@ -52,38 +52,53 @@ export async function call(method, path, body) {
 
 export const path = (...parts) => "/" + parts.map(encodeURIComponent).join("/");
 
+/** The feed says something every second. After so long a silence it is lost, whatever the connection looks like. */
+const SILENCE_MS = 8000;
+
 /**
- * The feed: server-sent events, read by fetch because EventSource cannot send a header. Comes back by itself; `onState`
- * hears "live", "lost" or a Problem that no retry mends. Returns a function that ends it.
+ * The feed: server-sent events, read by fetch because EventSource cannot send a header. `query()` says what is wanted.
+ * Comes back by itself; `onState` hears "live", "lost" or a Problem that no retry mends. Returns a function that ends it.
  */
 export function feed(query, onEvent, onState) {
-  const abort = new AbortController();
+  const ended = new AbortController();
   const run = async () => {
     let wait = 500;
-    while (!abort.signal.aborted) {
+    while (!ended.signal.aborted) {
+      const silence = new AbortController();
+      let timer = setTimeout(() => silence.abort(), SILENCE_MS);
+      const alive = (name, data) => {
+        clearTimeout(timer);
+        timer = setTimeout(() => silence.abort(), SILENCE_MS);
+        onEvent(name, data);
+      };
       try {
-        const response = await fetch(`/console/feed?${new URLSearchParams(query)}`, {
-          headers: headers(), signal: abort.signal, cache: "no-store", credentials: "omit",
+        const response = await fetch(`/console/feed?${new URLSearchParams(query())}`, {
+          headers: headers(), signal: AbortSignal.any([ended.signal, silence.signal]), cache: "no-store", credentials: "omit",
         });
         if (!response.ok) {
           const problem = await refused(response);
-          if (response.status < 500 && response.status !== 429) return onState(problem);
+          if (response.status < 500 && response.status !== 429) {
+            if (!ended.signal.aborted) onState(problem);
+            return;
+          }
           throw problem;
         }
         onState("live");
         wait = 500;
-        await read(response.body, onEvent);
+        await read(response.body, alive);
       } catch {
         // Lost or refused for now; shown below and tried again.
+      } finally {
+        clearTimeout(timer);
       }
-      if (abort.signal.aborted) return;
+      if (ended.signal.aborted) return;
       onState("lost");
       await new Promise((resolve) => setTimeout(resolve, wait));
       wait = Math.min(wait * 2, 10_000);
     }
   };
   run();
-  return () => abort.abort();
+  return () => ended.abort();
 }
 
 async function read(body, onEvent) {

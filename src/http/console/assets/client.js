@@ -2,9 +2,10 @@
 
 import { call, path } from "./api.js";
 import { lines, statePill } from "./clients.js";
-import { confirm, count, dialog, h, num, pill, problemBox, rate, setText, toast, when } from "./dom.js";
+import { confirm, count, dialog, h, keyed, millis, moment, num, pill, problemBox, rate, redraw, setText, several, span, toast, when } from "./dom.js";
 import { onceDialog } from "./secrets.js";
 
+const PAGE = 50;
 const ACTORS = ["forwarder", "broadcaster", "subscriber", "pusher"];
 const ACTOR_KINDS = { running: "ok", restarting: "bad", failing: "bad" };
 
@@ -19,7 +20,9 @@ export function client({ id, go }) {
   const pause = h("button", { type: "button", onclick: () => act(() => call("PATCH", url(), { paused: !record?.paused }), record?.paused ? "Resumed" : "Paused") }, "Pause");
   const problem = h("div", {});
   let record = null;
-  let hookShown = "";
+  let missing = false;
+  let dead = null;
+  let attempt;
 
   async function act(work, done) {
     problem.replaceChildren();
@@ -35,30 +38,58 @@ export function client({ id, go }) {
 
   function show(now) {
     record = now.record;
+    if (missing) {
+      missing = false;
+      problem.replaceChildren();
+    }
+    content.hidden = actions.hidden = false;
     setText(sub, record.name ?? "");
-    state.replaceChildren(statePill(now));
+    redraw(state, now.state, () => statePill(now));
     setText(pause, record.paused ? "Resume" : "Pause");
-    const queue = (n, warn) => h("dd", {}, count(n), warn);
-    figures.replaceChildren(
-      figure("Inbox", queue(record.queues?.inbox)), figure("Outbox", queue(record.queues?.outbox)), figure("Notify queue", queue(record.queues?.notify)),
-      figure("Dead letters", queue(record.queues?.dead), record.queues?.dead ? "warn" : ""),
-      figure("Sent", h("dd", {}, rate(now.sent_per_s), h("small", {}, "/s"))), figure("Received", h("dd", {}, rate(now.received_per_s), h("small", {}, "/s"))));
-    const limits = Object.entries(record.limits ?? {}).map(([name, value]) => `${name} ${value}`).join(", ");
-    facts.replaceChildren(...[
-      fact("Subscriptions", record.subscriptions.length ? record.subscriptions.map((p) => h("div", { class: "mono" }, p)) : h("span", { class: "sub" }, "none: only broadcasts reach it")),
-      fact("Limits", limits || h("span", { class: "sub" }, "none")),
-      fact("Actors", h("div", { class: "head" }, ACTORS.map((name) => pill(`${name} ${record.actors?.[name] ?? "unknown"}`, ACTOR_KINDS[record.actors?.[name]])))),
-      fact("Onboarded", new Date(record.created_at).toLocaleString()),
-    ].flat());
-    const text = JSON.stringify(record.webhook);
-    if (text !== hookShown) {
-      hookShown = text;
-      hook.replaceChildren(webhook(record.webhook));
+    const { queues } = record;
+    redraw(figures, [queues, now.sent_per_s, now.received_per_s], () => [
+      figure("Inbox", count(queues?.inbox)), figure("Outbox", count(queues?.outbox)), figure("Notify queue", count(queues?.notify)),
+      figure("Dead letters", count(queues?.dead), queues?.dead ? "warn" : ""),
+      figure("Sent", [rate(now.sent_per_s), h("small", {}, "/s")]), figure("Received", [rate(now.received_per_s), h("small", {}, "/s")])]);
+    const { subscriptions, limits, actors, created_at: created } = record;
+    redraw(facts, [subscriptions, limits, actors, created], () => [
+      fact("Subscriptions", subscriptions.length ? subscriptions.map((p) => h("div", { class: "mono" }, p)) : h("span", { class: "sub" }, "none: only broadcasts reach it")),
+      fact("Limits", limitsOf(limits)),
+      fact("Actors", h("div", { class: "head" }, ACTORS.map((name) => pill(`${name} ${actors?.[name] ?? "unknown"}`, ACTOR_KINDS[actors?.[name]])))),
+      fact("Onboarded", moment(created)),
+    ]);
+    redraw(hook, record.webhook, () => {
       hookActions.hidden = !record.webhook;
+      return webhook(record.webhook);
+    });
+    // The first time, and when one became a dead letter, was replayed by somebody else, or was attempted.
+    if (queues && dead !== queues.dead) {
+      dead = queues.dead;
+      deadSection.stale();
+    }
+    if (attempt !== now.last_attempt) {
+      attempt = now.last_attempt;
+      attemptSection.stale();
     }
   }
 
-  const figure = (name, value, kind = "") => h("div", { class: kind }, h("dt", {}, name), value);
+  function limitsOf(limits) {
+    const said = [
+      limits?.send_per_s && `sends at most ${several(limits.send_per_s, "message")} a second`,
+      limits?.max_inbox_messages && `its inbox holds at most ${several(limits.max_inbox_messages, "message")}`,
+      limits?.inbox_ttl_s && `messages stay in its inbox for ${span(limits.inbox_ttl_s)}`,
+    ].filter(Boolean);
+    return said.length ? said.map((text) => h("div", {}, text)) : h("span", { class: "sub" }, "none");
+  }
+
+  function gone() {
+    missing = true;
+    content.hidden = actions.hidden = true;
+    redraw(state, "gone", () => pill("gone", "bad"));
+    problem.replaceChildren(problemBox({ detail: `There is no client ${id}.` }));
+  }
+
+  const figure = (name, value, kind = "") => h("div", { class: kind }, h("dt", {}, name), h("dd", {}, value));
   const fact = (name, value) => [h("dt", {}, name), h("dd", {}, value)];
 
   function webhook(settings) {
@@ -69,7 +100,7 @@ export function client({ id, go }) {
       fact("State", settings.enabled
         ? pill(breaker === "closed" ? "delivering" : `breaker ${breaker.replace("_", " ")}`, breaker === "closed" ? "ok" : "warn")
         : [pill("switched off", "warn"), " ", settings.disabled_reason ?? ""]),
-      fact("Retries", `after ${settings.retry_schedule_s.join(", ")} s`),
+      fact("Retries", settings.retry_schedule_s.length ? `after ${settings.retry_schedule_s.map(span).join(", ")}` : "none"),
       fact("Calls", `${settings.ordered ? "one at a time, in order" : `${settings.concurrency} at once`}, ${settings.timeout_s} s each${settings.rate_limit_per_s ? `, at most ${settings.rate_limit_per_s} a second` : ""}`));
   }
 
@@ -86,7 +117,7 @@ export function client({ id, go }) {
     const made = await act(() => call("POST", `${url(kind)}?overlap_s=${overlap}`));
     if (made) {
       await onceDialog(`New ${what} of ${id}`, { [kind === "secret" ? "Secret" : "Webhook secret"]: made.secret },
-        `Shown here and never again. The one before is valid until ${new Date(made.previous_valid_until).toLocaleString()}.`);
+        `Shown here and never again. The one before is valid until ${moment(made.previous_valid_until)}.`);
     }
   }
 
@@ -133,7 +164,7 @@ export function client({ id, go }) {
     if (!attempt) return;
     const fine = attempt.status >= 200 && attempt.status < 300;
     toast(attempt.status ? `The endpoint answered ${attempt.status} in ${attempt.latency_ms} ms` : `No answer: ${attempt.error}`, !fine);
-    attemptSection.load();
+    attemptSection.stale();
   }
 
   const hookActions = h("div", { class: "end", hidden: true },
@@ -141,66 +172,90 @@ export function client({ id, go }) {
     h("button", { type: "button", onclick: () => rotate("webhook-secret") }, "Rotate its secret"));
   const deadSection = deadLetters(url, act);
   const attemptSection = attempts(url, act);
-  const node = h("div", { class: "stack" },
-    h("p", {}, h("a", { href: "#/clients" }, "← Clients")),
-    h("div", { class: "head" }, title, sub, state,
-      h("div", { class: "end" },
-        h("button", { type: "button", onclick: edit }, "Change"), pause,
-        h("button", { type: "button", id: "rotate", onclick: () => rotate("secret") }, "Rotate secret"),
-        h("button", { type: "button", class: "risk", onclick: remove }, "Delete"))),
-    problem, figures,
+  const actions = h("div", { class: "end" },
+    h("button", { type: "button", onclick: edit }, "Change"), pause,
+    h("button", { type: "button", id: "rotate", onclick: () => rotate("secret") }, "Rotate secret"),
+    h("button", { type: "button", class: "risk", onclick: remove }, "Delete"));
+  const content = h("div", { class: "stack" }, figures,
     h("div", { class: "grid" },
       h("section", { class: "sheet" }, h("header", {}, h("h2", {}, "Settings")), h("div", { class: "body" }, facts)),
-      h("section", { class: "sheet" },
+      h("section", { class: "sheet", id: "webhook" },
         h("header", {}, h("h2", {}, "Webhook"), hookActions),
         hook)),
     deadSection.node, attemptSection.node);
-  return { node, title: id, query: () => ({ client: id }), on: { client: show, gone: () => { problem.replaceChildren(problemBox({ detail: `There is no client ${id}.` })); } } };
+  const node = h("div", { class: "stack" },
+    h("p", {}, h("a", { href: "#/clients" }, "← Clients")),
+    h("div", { class: "head" }, title, sub, state,
+      actions),
+    problem, content);
+  return { node, title: id, query: () => ({ client: id }), on: { client: show, gone } };
 }
 
-/** A list that is loaded page by page. */
+/**
+ * A list that is loaded page by page. `load(after, limit)` resolves to {items, next}, or to nothing when it was refused;
+ * rows are kept over a reload by their `id`, and with them what is chosen, opened or selected in them.
+ */
 function pages(load, row, empty) {
   const body = h("tbody", {});
   const more = h("button", { type: "button", onclick: () => fetchPage(false) }, "Show more");
+  let items = [];
   let next = null;
+  let busy = false;
+  let again = false;
   async function fetchPage(fresh) {
-    const page = await load(fresh ? null : next);
-    if (!page) return;
-    if (fresh) body.replaceChildren();
-    next = page.next;
-    body.append(...page.items.map(row));
-    if (!body.children.length) body.append(h("tr", {}, h("td", { class: "empty", colspan: 9 }, empty)));
-    more.parentElement.hidden = !next;
+    // One at a time; what is asked for meanwhile is asked for afterwards, once.
+    if (busy) {
+      again ||= fresh;
+      return;
+    }
+    busy = true;
+    const page = await load(fresh ? null : next, fresh ? Math.min(Math.max(items.length, PAGE), 1000) : PAGE);
+    busy = false;
+    if (page) {
+      next = page.next;
+      items = fresh ? page.items : items.concat(page.items);
+      keyed(body, items, (item) => item.id, (item, node) => node ?? row(item));
+      if (!items.length) body.replaceChildren(h("tr", {}, h("td", { class: "empty", colspan: 9 }, empty)));
+      more.parentElement.hidden = !next;
+    }
+    if (again) {
+      again = false;
+      fetchPage(true);
+    }
   }
   return { body, more, reload: () => fetchPage(true) };
 }
+
+const table = (heads, body) => h("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "Table" }, h("table", {},
+  h("thead", {}, h("tr", {}, heads.map(([name, kind]) => (name ? h("th", { scope: "col", class: kind ?? "" }, name) : h("td", {}))))), body));
 
 function deadLetters(url, act) {
   const chosen = new Set();
   const replay = h("button", { type: "button", id: "replay", disabled: true, onclick: () => again([...chosen]) }, "Replay chosen");
   const list = pages(
-    async (after) => {
-      const page = await act(() => call("GET", `${url("dead-letters")}?limit=50${after ? `&after=${encodeURIComponent(after)}` : ""}`));
+    async (after, limit) => {
+      const page = await act(() => call("GET", `${url("dead-letters")}?limit=${limit}${after ? `&after=${encodeURIComponent(after)}` : ""}`));
       return page && { items: page.dead_letters, next: page.next };
     },
     (dead) => {
-      const box = h("input", { type: "checkbox", "aria-label": `Choose ${dead.id}`, onchange: () => {
-        if (box.checked) chosen.add(dead.id);
-        else chosen.delete(dead.id);
+      const { id, envelope, raw } = dead;
+      const box = h("input", { type: "checkbox", "aria-label": `Choose ${envelope?.id ?? id}`, onchange: () => {
+        if (box.checked) chosen.add(id);
+        else chosen.delete(id);
         replay.disabled = !chosen.size;
       } });
-      const sender = dead.envelope?.sender;
       return h("tr", {},
         h("td", {}, box), h("td", {}, when(dead.died_at)), h("td", {}, dead.reason.replaceAll("_", " ")), h("td", {}, dead.queue), num(dead.attempts),
-        h("td", { class: "wide mono" }, dead.envelope
-          ? [h("a", { href: `#/message/${encodeURIComponent(dead.envelope.id)}?sender=${encodeURIComponent(sender)}` }, dead.envelope.id), " ", h("span", { class: "sub" }, dead.envelope.topic ?? "broadcast")]
-          : "cannot be read"));
+        h("td", { class: "wide" }, h("div", { class: "letter" },
+          envelope ? h("a", { class: "mono", href: `#/message/${encodeURIComponent(envelope.id)}?sender=${encodeURIComponent(envelope.sender)}` }, envelope.id) : null,
+          h("details", {}, h("summary", {}, envelope ? `${envelope.topic ?? "broadcast"} from ${envelope.sender}` : "cannot be read"),
+            h("pre", {}, envelope ? JSON.stringify(envelope.message, null, 2) : text(raw))))));
     },
     "None. What cannot be delivered to this client, or be read from it, is kept here.");
   async function again(ids) {
     const result = await act(() => call("POST", url("dead-letters", "replay"), ids ? { ids } : {}));
     if (!result) return;
-    toast(`${result.replayed} put back`);
+    toast(`${several(result.replayed, "message")} put back`);
     chosen.clear();
     replay.disabled = true;
     list.reload();
@@ -208,37 +263,38 @@ function deadLetters(url, act) {
   async function purge() {
     if (!(await confirm("Purge all dead letters?", "They are gone for good.", "Purge"))) return;
     const result = await act(() => call("DELETE", url("dead-letters")));
-    if (result) toast(`${result.purged} purged`);
+    if (result) toast(`${several(result.purged, "dead letter")} purged`);
     list.reload();
   }
-  list.reload();
   const node = h("section", { class: "sheet", id: "dead-letters" },
-    h("header", {}, h("h2", {}, "Dead letters"), h("button", { type: "button", class: "plain", onclick: list.reload }, "Reload"),
+    h("header", {}, h("h2", {}, "Dead letters"), h("span", { class: "hint" }, "oldest first"),
       h("div", { class: "end" }, replay, h("button", { type: "button", id: "replay-all", onclick: () => again(null) }, "Replay all"), h("button", { type: "button", class: "risk", onclick: purge }, "Purge"))),
-    h("div", { class: "scroll" }, h("table", {},
-      h("thead", {}, h("tr", {}, ["", "Died", "Reason", "Queue", "Attempts", "Message"].map((name) => h("th", { scope: "col", class: name === "Attempts" ? "num" : "" }, name)))), list.body)),
+    table([[""], ["Died, UTC"], ["Reason"], ["Queue"], ["Attempts", "num"], ["Message"]], list.body),
     h("div", { class: "pager", hidden: true }, list.more));
-  return { node };
+  return { node, stale: list.reload };
+}
+
+/** What base64 holds, as text; what is no UTF-8 is marked. */
+function text(raw) {
+  return new TextDecoder().decode(Uint8Array.from(atob(raw ?? ""), (c) => c.charCodeAt(0)));
 }
 
 function attempts(url, act) {
   const list = pages(
-    async (after) => {
-      const page = await act(() => call("GET", `${url("attempts")}?limit=50${after ? `&after=${encodeURIComponent(after)}` : ""}`));
+    async (after, limit) => {
+      const page = await act(() => call("GET", `${url("attempts")}?limit=${limit}${after ? `&after=${encodeURIComponent(after)}` : ""}`));
       return page && { items: page.attempts, next: page.next };
     },
     (attempt) => h("tr", {},
       h("td", {}, when(attempt.at)),
       h("td", {}, attempt.status ? pill(String(attempt.status), attempt.status < 300 ? "ok" : "bad") : pill(attempt.error ?? "failed", "bad")),
-      h("td", { class: "num" }, `${attempt.latency_ms} ms`),
+      h("td", { class: "num" }, millis(attempt.latency_ms)),
       h("td", { class: "mono" }, h("a", { href: `#/message/${encodeURIComponent(attempt.message_id)}` }, attempt.message_id)),
       h("td", { class: "wide mono sub" }, (attempt.response ?? "").slice(0, 160))),
     "None yet.");
-  list.reload();
   const node = h("section", { class: "sheet", id: "attempts" },
-    h("header", {}, h("h2", {}, "Webhook attempts"), h("button", { type: "button", class: "plain", onclick: list.reload }, "Reload")),
-    h("div", { class: "scroll" }, h("table", {},
-      h("thead", {}, h("tr", {}, ["When", "Answer", "Took", "Message", "Said"].map((name) => h("th", { scope: "col", class: name === "Took" ? "num" : "" }, name)))), list.body)),
+    h("header", {}, h("h2", {}, "Webhook attempts"), h("span", { class: "hint" }, "newest first")),
+    table([["When, UTC"], ["Answer"], ["Took", "num"], ["Message"], ["Said"]], list.body),
     h("div", { class: "pager", hidden: true }, list.more));
-  return { node, load: list.reload };
+  return { node, stale: list.reload };
 }

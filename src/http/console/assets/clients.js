@@ -1,10 +1,11 @@
 // All clients: sorted and searched by the router, a page at a time, pushed every two seconds.
 
 import { call } from "./api.js";
-import { dialog, h, num, pill, problemBox, rate, setText } from "./dom.js";
+import { count, dialog, h, keyed, pill, problemBox, rate, setText, several } from "./dom.js";
 import { onceDialog } from "./secrets.js";
 
 const PAGE = 50;
+const ASK_EVERY_MS = 150;
 const COLUMNS = [
   ["client_id", "Client", ""],
   ["state", "State", ""],
@@ -15,16 +16,19 @@ const COLUMNS = [
   ["received", "Received/s", "num hide-small"],
 ];
 
+/** Whether a click on a row is meant for the row: not for its link, and not the end of selecting text. */
+const opens = (event) => event.target.tagName !== "A" && !String(getSelection());
+
 /** A client's state in a pill: the worst that is known. */
 export function statePill(row) {
-  const kinds = { ok: "ok", paused: "", starting: "", "webhook off": "warn", "breaker open": "warn", restarting: "bad", failing: "bad" };
+  const kinds = { ok: "ok", paused: "idle", starting: "idle", "webhook off": "warn", "breaker open": "warn", restarting: "bad", failing: "bad" };
   return pill(row.state, kinds[row.state] ?? "");
 }
 
 export function clients({ go, params }) {
   let view = {
-    q: params.get("q") ?? "", sort: params.get("sort") ?? "client_id", desc: params.get("desc") === "1",
-    offset: Number(params.get("offset") ?? 0) || 0,
+    q: params.get("q") ?? "", sort: COLUMNS.some(([key]) => key === params.get("sort")) ? params.get("sort") : "client_id",
+    desc: params.get("desc") === "1", offset: /^\d{1,7}$/.test(params.get("offset")) ? Number(params.get("offset")) : 0,
   };
   const body = h("tbody", {});
   const range = h("span", {}, "");
@@ -32,20 +36,26 @@ export function clients({ go, params }) {
   const next = h("button", { type: "button", onclick: () => move(PAGE) }, "Next");
   const search = h("input", {
     class: "search", id: "search", type: "search", placeholder: "Search ids and names", "aria-label": "Search clients", value: view.q,
-    autocomplete: "off", spellcheck: "false", oninput: () => change({ q: search.value.trim(), offset: 0 }, 150),
+    autocomplete: "off", spellcheck: "false", oninput: () => change({ q: search.value.trim(), offset: 0 }),
   });
   const heads = COLUMNS.map(([key, name, kind]) => {
-    const button = h("button", { type: "button", onclick: () => change({ sort: key, desc: view.sort === key ? !view.desc : kind !== "", offset: 0 }) }, name);
+    // Of numbers and states the greatest and the worst are looked for; of ids the first.
+    const button = h("button", { type: "button", onclick: () => change({ sort: key, desc: view.sort === key ? !view.desc : key !== "client_id", offset: 0 }) }, name);
     return { key, th: h("th", { class: kind, scope: "col" }, button), button, name };
   });
   let timer;
+  let asked = -ASK_EVERY_MS;
   let reopen = () => {};
 
-  function change(next, delay = 0) {
+  function change(next) {
     view = { ...view, ...next };
     mark();
+    // The first key is answered at once; who goes on typing, a few times a second.
     clearTimeout(timer);
-    timer = setTimeout(() => reopen(), delay);
+    timer = setTimeout(() => {
+      asked = performance.now();
+      reopen();
+    }, Math.max(0, asked + ASK_EVERY_MS - performance.now()));
     const query = new URLSearchParams();
     for (const [key, value] of Object.entries({ ...view, desc: view.desc ? "1" : "" })) if (value) query.set(key, value);
     history.replaceState(null, "", `#/clients?${query}`);
@@ -62,27 +72,37 @@ export function clients({ go, params }) {
     }
   }
 
+  function row({ client_id: id, name, ...now }, tr) {
+    const values = [
+      name ?? "", now.state, now.queues?.inbox, now.queues && now.queues.outbox + now.queues.notify, now.queues?.dead,
+      now.sent_per_s, now.received_per_s,
+    ];
+    if (!tr) {
+      tr = h("tr", { class: "link", "data-id": id, onclick: (event) => opens(event) && go(`#/client/${id}`) },
+        h("td", { class: "who" }, h("a", { href: `#/client/${id}` }, id), " ", h("span", { class: "sub" })),
+        COLUMNS.slice(1).map(([, , kind]) => h("td", { class: kind })));
+    }
+    setText(tr.children[0].lastElementChild, values[0]);
+    if (tr.children[1].textContent !== now.state) tr.children[1].replaceChildren(statePill(now));
+    for (const [i, value] of values.entries()) {
+      if (i < 2) continue;
+      const cell = tr.children[i];
+      setText(cell, i > 4 ? rate(value) : count(value));
+      cell.classList.toggle("zero", !value);
+    }
+    return tr;
+  }
+
   function show(page) {
-    const had = document.activeElement?.closest?.("tr")?.dataset.id;
-    body.replaceChildren(...page.rows.map((row) => {
-      const link = h("a", { href: `#/client/${row.client_id}` }, row.client_id);
-      const tr = h("tr", { class: "link", "data-id": row.client_id, onclick: (event) => event.target.tagName !== "A" && go(`#/client/${row.client_id}`) },
-        h("td", {}, link, row.name ? h("span", { class: "sub" }, ` ${row.name}`) : null),
-        h("td", {}, statePill(row)),
-        num(row.queues?.inbox), num(row.queues ? row.queues.outbox + row.queues.notify : null), num(row.queues?.dead),
-        num(row.sent_per_s, rate), num(row.received_per_s, rate));
-      tr.children[3].classList.add("hide-small");
-      tr.children[5].classList.add("hide-small");
-      tr.children[6].classList.add("hide-small");
-      if (row.client_id === had) queueMicrotask(() => link.focus());
-      return tr;
-    }));
+    keyed(body, page.rows, (one) => one.client_id, row);
     if (!page.rows.length) {
-      body.append(h("tr", {}, h("td", { colspan: COLUMNS.length, class: "empty" },
+      body.replaceChildren(h("tr", {}, h("td", { colspan: COLUMNS.length, class: "empty" },
         page.total ? "No client matches." : "No clients yet. Onboard the first one.")));
     }
     const last = view.offset + page.rows.length;
-    setText(range, page.matched ? `${view.offset + 1}–${last} of ${page.matched}${page.matched < page.total ? ` (${page.total} in all)` : ""}` : "");
+    const n = (number) => number.toLocaleString("en");
+    setText(range, page.rows.length ? `${n(view.offset + 1)}–${n(last)} of ${n(page.matched)}${page.matched < page.total ? ` (${n(page.total)} in all)` : ""}`
+      : page.matched ? `none from ${n(view.offset + 1)} on: there are ${several(page.matched, "client")}` : "");
     previous.disabled = view.offset === 0;
     next.disabled = last >= page.matched;
   }
@@ -129,9 +149,9 @@ function onboard(go) {
     return h("form", { onsubmit: send },
       h("h1", {}, "Onboard a client"),
       h("label", {}, "Client id: a–z, 0–9 and inner hyphens", id),
-      h("label", {}, "Name, for people", name),
+      h("label", {}, "Name for people, optional", name),
       h("label", {}, "Subscriptions, one pattern a line: * is one word, # any number", patterns),
-      h("label", {}, "Webhook, if its inbox is to be pushed", url),
+      h("label", {}, "Webhook, if its inbox is to be pushed to one", url),
       problem,
       h("div", { class: "end" }, h("button", { type: "button", onclick: () => close() }, "Cancel"), submit));
   });

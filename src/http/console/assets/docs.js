@@ -2,8 +2,8 @@
 
 import { byId, h, setText } from "./dom.js";
 
-/** Text in which `code` stands between backticks. */
-const prose = (text) => (text ?? "").split("`").map((part, i) => (i % 2 ? h("code", {}, part) : part));
+/** Text in which `code` stands between backticks. Lines that were only broken to fit the source are joined. */
+const prose = (text) => (text ?? "").replace(/([^\n])\n(?![\n-])/g, "$1 ").split("`").map((part, i) => (i % 2 ? h("code", {}, part) : part));
 
 // Who tries. Kept in this page's memory only.
 const who = { kind: "none", id: "", secret: "", token: "" };
@@ -169,7 +169,7 @@ function callBox(method, path, operation) {
   const parameters = (operation.parameters ?? []).filter((one) => one.name !== "x-request-id");
   const streams = Object.values(operation.responses ?? {}).some((response) => response.content?.["text/event-stream"]) || path === "/ws";
   return h("section", { class: "sheet call", id: anchor(method, path) },
-    h("header", {}, h("span", { class: `method ${method}` }, method.toUpperCase()), h("code", {}, path), h("span", { class: "end sub" }, security(operation).text)),
+    h("header", {}, h("span", { class: `method ${method}` }, method.toUpperCase()), h("h2", {}, h("code", {}, path)), h("span", { class: "end sub" }, security(operation).text)),
     h("div", { class: "body" },
       h("p", {}, h("strong", {}, prose(operation.summary))),
       operation.description ? h("p", { class: "text" }, prose(operation.description)) : null,

@@ -63,16 +63,58 @@ export function millis(ms) {
   return `${(ms / 3_600_000).toFixed(1)} h`;
 }
 
-/** A time of day, with the date when it was another day. */
+/** Times are in UTC, as in the log and in the API: a time of day, with the date when it was another day. */
 export function when(iso) {
-  const at = new Date(iso);
-  const time = at.toLocaleTimeString(undefined, { hour12: false });
-  return at.toDateString() === new Date().toDateString() ? time : `${at.toLocaleDateString()} ${time}`;
+  const [date, time] = new Date(iso).toISOString().slice(0, 19).split("T");
+  return date === new Date().toISOString().slice(0, 10) ? time : `${date} ${time}`;
 }
 
+/** A time with its date. */
+export const moment = (iso) => `${new Date(iso).toISOString().slice(0, 19).replace("T", " ")} UTC`;
+
 /** A number cell; nothing is grey. */
-export const num = (n, show = count) =>
-  h("td", { class: "num" }, n ? show(n) : h("span", { class: "zero" }, n === 0 ? "0" : "–"));
+export const num = (n, show = count) => h("td", { class: n ? "num" : "num zero" }, show(n));
+
+/** "1 message", "1,234 messages". */
+export const several = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
+
+/** Seconds in the largest unit that divides them: 7200 → "2 h". */
+export function span(seconds) {
+  for (const [unit, size] of [["d", 86_400], ["h", 3600], ["min", 60]]) {
+    if (seconds >= size && seconds % size === 0) return `${seconds / size} ${unit}`;
+  }
+  return `${seconds} s`;
+}
+
+/**
+ * Makes the children of `parent` be one node for each of `items`, in their order. A node whose `key(item)` was there
+ * before is kept, so that what is selected, pointed at or focused in it stays so; `draw(item, node)` makes it when `node`
+ * is undefined, fills it otherwise, and returns it.
+ */
+export function keyed(parent, items, key, draw) {
+  const names = items.map((item) => String(key(item)));
+  const stays = new Set(names);
+  const had = new Map();
+  for (const node of [...parent.children]) {
+    if (stays.has(node.dataset.key)) had.set(node.dataset.key, node);
+    else node.remove();
+  }
+  let place = parent.firstElementChild;
+  items.forEach((item, i) => {
+    const node = draw(item, had.get(names[i]));
+    node.dataset.key = names[i];
+    if (node === place) place = place.nextElementSibling;
+    else parent.insertBefore(node, place);
+  });
+}
+
+/** Replaces the children of `node` when what they are made of has changed: what did not keeps its selection. */
+export function redraw(node, from, children) {
+  const text = JSON.stringify(from) ?? "";
+  if (node.drawnFrom === text) return;
+  node.drawnFrom = text;
+  node.replaceChildren(...[children()].flat(Infinity).filter(Boolean));
+}
 
 /** Says something for a moment. */
 export function toast(text, bad = false) {
@@ -81,24 +123,24 @@ export function toast(text, bad = false) {
   setTimeout(() => node.remove(), bad ? 9000 : 4000);
 }
 
-let open = 0;
-
 /** Opens the dialog with `content(close)`; resolves when it closes, to what `close` was given. */
 export function dialog(content) {
   const node = byId("dialog");
-  open += 1;
-  const mine = open;
   return new Promise((resolve) => {
+    const closed = new AbortController();
     const close = (value) => {
-      // The event of a close comes later, when the next dialog may be open already: it is not for that one.
-      if (mine !== open) return;
-      open += 1;
+      if (closed.signal.aborted) return;
+      closed.abort();
       node.close();
       node.replaceChildren();
       resolve(value);
     };
     node.replaceChildren(content(close));
-    node.addEventListener("close", () => close(), { once: true });
+    const heading = node.querySelector("h1");
+    heading.id = "dialog-title";
+    node.setAttribute("aria-labelledby", heading.id);
+    // Escape. The event of a close comes later, when the next dialog may be open already: it is not for that one.
+    node.addEventListener("close", () => node.open || close(), { signal: closed.signal });
     node.showModal();
   });
 }
@@ -117,7 +159,7 @@ export function confirm(title, text, action) {
 /** A problem of the API, with every wrong field. */
 export const problemBox = (problem) =>
   h("div", { class: "problem", role: "alert" },
-    problem.detail ?? String(problem),
+    problem.errors?.length ? "Not accepted:" : problem.detail ?? String(problem),
     problem.errors?.length
       ? h("ul", {}, problem.errors.map((e) => h("li", {}, e.pointer ? h("code", {}, e.pointer) : null, " ", e.detail)))
       : null);

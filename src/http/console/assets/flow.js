@@ -1,7 +1,7 @@
 // The flow, drawn as the contract draws it: queues with what lies in them, actors, exchanges, and the rate on each edge.
 // A queue that fills faster than it is emptied, or holds more than ten seconds' worth, is marked.
 
-import { count, h, rate, s, setText } from "./dom.js";
+import { count, h, keyed, num, rate, s, setText } from "./dom.js";
 
 const QUEUE = { w: 112, h: 46 };
 
@@ -41,6 +41,16 @@ const EDGES = [
   { d: "M958 180 C990 190 990 220 1014 225", label: [1000, 190], rate: (r) => r.attempts },
   { d: "M1068 226H1100", label: [1084, 214], rate: (r) => r.attempts },
   { d: "M900 192V260", label: [926, 232], rate: (r) => r.dead },
+];
+
+/** Each queue with what goes in and out a second. */
+const stagesOf = (r) => [
+  ["outbox", "outboxes", r.accepted - r.accepted_broadcasts, r.forwarded],
+  ["publish", "soar-publish", r.forwarded, r.published],
+  ["notify", "notify queues", r.accepted_broadcasts, r.broadcasts],
+  ["inbox", "inboxes", r.routed, r.delivered],
+  ["dead", "dead letters", r.dead, null],
+  ["unrouted", "unrouted", r.unrouted, null],
 ];
 
 const SHAPES = {
@@ -83,6 +93,11 @@ export function flow() {
     [...nodes.values()].map((node) => node.group),
     edges.map((edge) => edge.label));
 
+  // The same for who does not see the drawing, or has a small screen.
+  const rows = h("tbody", {});
+  const stages = h("div", { class: "stages" }, h("table", {},
+    h("thead", {}, h("tr", {}, ["Queue", "Waiting", "In/s", "Out/s"].map((name, i) => h("th", { scope: "col", class: i ? "num" : "" }, name)))), rows));
+
   // Depths of the last ten seconds, to tell a queue that grows from one that is merely deep.
   const before = [];
 
@@ -121,8 +136,14 @@ export function flow() {
       setText(node.depth, ill ? `${count(ill)} ill` : mine.length ? count(all) : "–");
       node.group.setAttribute("class", ill ? "actor ill" : "actor");
     }
+    keyed(rows, stagesOf(sample), ([id]) => id, ([id, name, into, out], tr = h("tr", {}, h("th", { scope: "row" }), num(), num(), num())) => {
+      tr.className = jammed.has(id) ? "jam" : "";
+      setText(tr.children[0], jammed.has(id) ? `${name}: jammed` : name);
+      [count(queues[id]), rate(into), out === null ? "–" : rate(out)].forEach((text, i) => setText(tr.children[i + 1], text));
+      return tr;
+    });
     return jammed;
   }
 
-  return { node: h("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "Flow of messages" }, drawing), update };
+  return { stages, node: h("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "Flow of messages" }, drawing), update };
 }

@@ -1,7 +1,7 @@
 // The console: which page is shown, the feed that keeps it live, and the token that opens it.
 
 import { call, feed, token } from "./api.js";
-import { byId, h, pill, problemBox, setText } from "./dom.js";
+import { byId, h, pill, problemBox, redraw, setText } from "./dom.js";
 import { client } from "./client.js";
 import { clients } from "./clients.js";
 import { message } from "./message.js";
@@ -60,7 +60,8 @@ function login(problem) {
       navigate();
     } catch (error) {
       token.clear();
-      refusal.replaceChildren(problemBox(error));
+      const wrong = error.status === 401 || error.status === 403;
+      refusal.replaceChildren(problemBox(wrong ? { detail: "This is not the admin token of this router." } : error));
       input.select();
     }
   } },
@@ -73,6 +74,15 @@ function login(problem) {
   input.focus();
 }
 
+/** What stands in an address; as it stands there when it is not encoded as it should be. */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 /** Opens the page that the address names. */
 function navigate() {
   if (!token.get()) return login();
@@ -80,10 +90,10 @@ function navigate() {
   const [name, ...rest] = route.split("/");
   const context = {
     store, params: new URLSearchParams(query), go: (hash) => { location.hash = hash; },
-    id: rest.length ? decodeURIComponent(rest.join("/")) : null,
+    id: rest.length ? decoded(rest.join("/")) : null,
   };
-  const pages = { overview, clients, message, tail, client: context.id ? client : clients };
-  page = (pages[name] ?? overview)(context);
+  const pages = new Map(Object.entries({ overview, clients, message, tail, client: context.id ? client : clients }));
+  page = (pages.get(name) ?? overview)(context);
   document.title = `${page.title} · Backbone`;
   for (const tab of tabs) {
     const here = tab.getAttribute("href").slice(2);
@@ -100,12 +110,12 @@ function navigate() {
 /** (Re)opens the feed with what the page wants to see. */
 function listen() {
   endFeed();
-  endFeed = feed(page.query?.() ?? {}, heard, (now) => {
+  endFeed = feed(() => ({ ...page.query?.(), since: lastSample() }), heard, (now) => {
     const notice = byId("notice");
     if (now === "live") {
       notice.hidden = true;
     } else if (now === "lost") {
-      state.replaceChildren(pill("no connection", "bad"));
+      redraw(state, "lost", () => pill("no connection", "bad"));
       setText(notice, "The connection to the router is lost. Trying again; what is shown is old.");
       notice.className = "notice bad";
       notice.hidden = false;
@@ -120,19 +130,24 @@ function listen() {
   });
 }
 
+/** When the newest sample was taken that is known, in milliseconds: only what came after it is sent. */
+const lastSample = () => (store.history.length ? Date.parse(store.history.at(-1).at) : 0);
+
 function heard(name, data) {
   if (name === "hello") {
     store.hello = data;
-    store.history = data.history;
+    const known = lastSample();
+    store.history = store.history.concat(data.history.filter((sample) => Date.parse(sample.at) > known)).slice(-HISTORY_KEPT);
     setText(about, `${data.broker} broker · ${data.version}`);
     page.on?.history?.();
   } else if (name === "overview") {
     store.overview = data;
     const bad = data.health !== "ready";
-    state.replaceChildren(pill(bad ? `broker ${data.health}` : "ready", bad ? "bad" : "ok"));
+    redraw(state, data.health, () => pill(bad ? `broker ${data.health}` : "ready", bad ? "bad" : "ok"));
     state.title = data.reason ?? "";
   } else if (name === "sample") {
-    store.history.push(data);
+    // A feed that was opened just now has sent it already.
+    if (Date.parse(data.at) > lastSample()) store.history.push(data);
     if (store.history.length > HISTORY_KEPT) store.history.shift();
     page.on?.history?.();
   }

@@ -5,13 +5,16 @@ import { flow } from "./flow.js";
 import { plot } from "./plots.js";
 
 const NAMES = { outbox: "the outboxes", notify: "the notify queues", publish: "soar-publish", inbox: "the inboxes" };
+// What the clients are sorted by to see who fills them.
+const COLUMNS = { outbox: "outbox", notify: "outbox", inbox: "inbox" };
 
 export function overview({ store }) {
   const drawing = flow();
   const figures = Object.fromEntries(
     ["accepted", "delivered", "end", "clients", "waiting", "dead", "memory"].map((name) => [name, h("dd", {}, "–")]));
+  for (const name of ["accepted", "delivered"]) figures[name].replaceChildren(h("span", {}, "–"), h("small", {}, "/s"));
   const dead = h("div", {}, h("dt", {}, "Dead letters"), figures.dead);
-  const states = h("div", { class: "head" });
+  const states = h("div", { class: "head", hidden: true });
   const plots = [
     plot("Messages a second", [
       { name: "accepted", of: (p) => p.accepted },
@@ -34,10 +37,16 @@ export function overview({ store }) {
       { show: (n) => `${count(n)} MiB` }),
   ];
 
+  // What is said, as a link to the clients that have most of it.
+  const said = (kind, text, column) => {
+    const what = pill(text, kind);
+    return column ? h("a", { href: `#/clients?sort=${column}&desc=1` }, what) : what;
+  };
+
   function show(now) {
     const { sample, queues } = now;
-    setText(figures.accepted, rate(sample.accepted));
-    setText(figures.delivered, rate(sample.delivered));
+    setText(figures.accepted.firstChild, rate(sample.accepted));
+    setText(figures.delivered.firstChild, rate(sample.delivered));
     setText(figures.end, millis(sample.end_p50_ms));
     setText(figures.clients, count(now.clients));
     setText(figures.waiting, count(queues.inbox));
@@ -46,14 +55,16 @@ export function overview({ store }) {
     dead.className = queues.dead > 0 ? "warn" : "";
     const jammed = [...drawing.update(now)];
     const ill = now.actors.filter((entry) => ["failing", "restarting"].includes(entry.state));
-    const said = [
-      ...jammed.map((id) => pill(`${NAMES[id]} fill faster than they are emptied`, "warn")),
-      ...ill.map((entry) => pill(`${entry.count} ${entry.actor} ${entry.state}`, "bad")),
+    const all = [
+      ...(now.clients ? [] : [h("a", { href: "#/clients" }, "No clients yet. Onboard the first one.")]),
+      ...jammed.map((id) => said("warn", `${NAMES[id]} fill faster than they are emptied`, COLUMNS[id])),
+      ...ill.map((entry) => said("bad", `${count(entry.count)} ${entry.actor} ${entry.state}`, "state")),
     ];
-    const text = said.map((node) => node.textContent).join("|");
+    const text = all.map((node) => node.textContent).join("|");
     if (states.dataset.said !== text) {
       states.dataset.said = text;
-      states.replaceChildren(...said);
+      states.replaceChildren(...all);
+      states.hidden = !all.length;
     }
   }
 
@@ -69,10 +80,8 @@ export function overview({ store }) {
       h("div", {}, h("dt", {}, "Memory"), figures.memory)),
     states,
     h("section", { class: "sheet" }, h("header", {}, h("h2", {}, "The flow"), h("span", { class: "hint" }, "messages a second")),
-      h("div", { class: "body" }, drawing.node)),
+      h("div", { class: "body stack" }, drawing.stages, drawing.node)),
     h("div", { class: "grid" }, plots.map((one) => one.node)));
-  for (const suffix of ["accepted", "delivered"]) figures[suffix].after(h("span", { class: "hint" }, "a second"));
-
   const draw = () => plots.forEach((one) => one.update(store.history));
   if (store.overview) show(store.overview);
   draw();

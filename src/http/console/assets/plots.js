@@ -1,10 +1,13 @@
 // Plots of the last hour. One path a series; the pointer or the arrow keys read values off.
 
-import { h, s, setText } from "./dom.js";
+import { h, s, setText, when } from "./dom.js";
 
 const H = 168;
 const BOX = { left: 46, right: 8, top: 8, bottom: 20 };
 const HOUR_MS = 3_600_000;
+
+/** Those of the hour before the newest: while the router was away there are none, so there may be older ones. */
+const lastHour = (samples) => samples.filter((sample) => Date.parse(samples.at(-1).at) - Date.parse(sample.at) < HOUR_MS);
 
 /** A round number at or above `n`: 1, 2 or 5 times a power of ten. */
 function ceiling(n) {
@@ -33,7 +36,7 @@ export function plot(title, series, { show, log = false } = {}) {
   function draw() {
     const end = samples.length ? Date.parse(samples[samples.length - 1].at) : Date.now();
     const all = samples.flatMap((sample) => series.map((one) => one.of(sample))).filter((v) => v !== null && v !== undefined);
-    const top = ceiling(Math.max(...all, log ? 10 : 1));
+    const top = ceiling(Math.max(...all, 10));
     const bottom = log ? 0.1 : 0;
     const part = log
       ? (v) => Math.log10(Math.max(v, bottom) / bottom) / Math.log10(top / bottom)
@@ -46,7 +49,7 @@ export function plot(title, series, { show, log = false } = {}) {
     grid.replaceChildren(
       ...marks.flatMap((m) => [
         s("line", { class: "axis", x1: BOX.left, x2: W - BOX.right, y1: scale.y(m), y2: scale.y(m) }),
-        s("text", { x: BOX.left - 6, y: scale.y(m) + 4, "text-anchor": "end" }, show(m)),
+        s("text", { x: BOX.left - 6, y: scale.y(m) + 4, "text-anchor": "end" }, show(m).replace(/\.0+(?= |$)/, "")),
       ]),
       ...(W > 420 ? [60, 45, 30, 15, 0] : [60, 30, 0]).map((minutes) =>
         s("text", { x: BOX.left + (1 - minutes / 60) * (W - BOX.left - BOX.right), y: H - 5, "text-anchor": minutes === 0 ? "end" : minutes === 60 ? "start" : "middle" },
@@ -77,7 +80,7 @@ export function plot(title, series, { show, log = false } = {}) {
     const sample = picked === null ? samples[samples.length - 1] : samples[Math.min(picked, samples.length - 1)];
     series.forEach((one, i) => setText(values[i], sample ? (one.show ?? show)(one.of(sample)) : "–"));
     cursor.setAttribute("visibility", picked === null || !sample ? "hidden" : "visible");
-    setText(at, picked === null || !sample ? "" : new Date(sample.at).toLocaleTimeString(undefined, { hour12: false }));
+    setText(at, picked === null || !sample ? "" : `${when(sample.at)} UTC`);
     if (picked !== null && sample) {
       cursor.setAttribute("x1", scale.x(sample));
       cursor.setAttribute("x2", scale.x(sample));
@@ -114,5 +117,5 @@ export function plot(title, series, { show, log = false } = {}) {
     h("div", { class: "body" },
       drawing,
       h("div", { class: "legend" }, series.map((one, i) => h("span", {}, h("i", { class: `k${i + 1}` }), one.name, " ", values[i])))));
-  return { node, update: (next) => { samples = next; draw(); } };
+  return { node, update: (next) => { samples = lastHour(next); draw(); } };
 }

@@ -1,6 +1,6 @@
 // The live tail: messages as they are published, by a pattern of topics.
 
-import { h, setText } from "./dom.js";
+import { h, setText, several } from "./dom.js";
 
 const KEPT = 400;
 
@@ -19,26 +19,33 @@ export function tail({ params }) {
     running = true;
     skipped = 0;
     setText(stop, "Pause");
-    body.replaceChildren();
+    clear();
     setText(note, "");
     history.replaceState(null, "", `#/tail?pattern=${encodeURIComponent(pattern)}`);
     reopen();
   } }, input, h("button", { type: "submit", class: "main" }, "Watch"), stop,
-    h("button", { type: "button", onclick: () => body.replaceChildren() }, "Clear"), note);
+    h("button", { type: "button", onclick: () => clear() }, "Clear"), note);
+  const empty = h("p", { class: "empty" }, "Waiting for messages. They are shown as they are published, from now on.");
   const box = h("div", { class: "tail", tabindex: 0, role: "log", "aria-label": "Messages", "aria-live": "off" },
-    h("table", {}, h("thead", {}, h("tr", {}, ["Time", "Sender", "Topic", "Id", "Bytes", "Message"].map((name) => h("th", { scope: "col", class: { Bytes: "num hide-small", Id: "hide-small" }[name] ?? "" }, name)))), body));
+    h("table", {}, h("thead", {}, h("tr", {}, ["Time, UTC", "Sender", "Topic", "Id", "Bytes", "Message"].map((name) => h("th", { scope: "col", class: { Bytes: "num hide-small", Id: "hide-small" }[name] ?? "" }, name)))), body), empty);
+
+  function clear() {
+    body.replaceChildren();
+    empty.hidden = false;
+  }
 
   function show({ events, skipped: more }) {
     skipped += more;
-    setText(note, skipped ? `${skipped} passed too quickly to be shown` : "");
+    setText(note, skipped ? `${several(skipped, "message")} passed too quickly to be shown` : "");
     // The newest on top; who has scrolled down is not pushed on.
     const rows = events.map((event) => h("tr", {},
       h("td", {}, event.sent_at.slice(11, 23)),
       h("td", {}, h("a", { href: `#/client/${event.sender}` }, event.sender)),
-      h("td", {}, event.topic ?? "broadcast"),
+      h("td", { title: event.topic }, event.topic ?? "broadcast"),
       h("td", { class: "hide-small" }, h("a", { href: `#/message/${encodeURIComponent(event.id)}?sender=${encodeURIComponent(event.sender)}` }, event.id)),
       h("td", { class: "num hide-small" }, event.bytes),
       h("td", { class: "preview" }, event.preview)));
+    empty.hidden = true;
     const top = box.scrollTop;
     const height = box.scrollHeight;
     body.prepend(...rows.reverse());

@@ -1,0 +1,252 @@
+//! The yardstick: a message's way through three queues in bare lapin, with the router's promises and without a router.
+//!
+//! ```text
+//!  Entry ──► queue A ──► relay ──► queue B ──► relay ──► topic exchange ──► queue C ──► Exit
+//! ```
+//!
+//! Persistent messages, mandatory, confirmed within a window; a relay acknowledges what it took when the next queue has
+//! confirmed it, as many as it can at once; connections for publishing and for consuming apart. Everything that a
+//! router adds is left out: HTTP, clients, envelopes, own ids, traces, and what mends a break. For `backbone bench`.
+
+use std::pin::Pin;
+use std::task::Poll;
+
+use futures_util::stream::FuturesOrdered;
+use futures_util::{FutureExt as _, StreamExt as _};
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+    ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeleteOptions,
+};
+use lapin::types::{FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, Connection, Consumer, ExchangeKind};
+
+use super::address::Addresses;
+use super::error::{broker_error, unavailable};
+use super::session;
+use super::topology;
+use super::wire::short;
+use crate::broker::BrokerError;
+use crate::config::QueueType;
+
+/// Messages that a relay may have taken and not acknowledged, and that may be on their way to a confirm.
+const WINDOW: u16 = 1024;
+
+/// Survives a restart.
+const PERSISTENT: u8 = 2;
+
+/// What an error says was being done.
+const ACTION: &str = "run the bare pipeline";
+
+/// Resolves when a message is confirmed.
+pub type Confirmed = Pin<Box<dyn Future<Output = Result<(), BrokerError>> + Send>>;
+
+/// Where messages go in.
+#[derive(Debug)]
+pub struct Entry(Out);
+
+/// Where they come out.
+#[derive(Debug)]
+pub struct Exit {
+    channel: Channel,
+    consumer: Consumer,
+}
+
+/// What is between.
+#[derive(Debug)]
+pub struct Pipeline {
+    connections: Vec<Connection>,
+    control: Channel,
+    queues: [String; 3],
+    exchange: String,
+    relays: Vec<tokio::task::JoinHandle<Result<(), BrokerError>>>,
+}
+
+/// A channel with confirms, and where to.
+#[derive(Debug, Clone)]
+struct Out {
+    channel: Channel,
+    exchange: ShortString,
+    key: ShortString,
+    properties: BasicProperties,
+}
+
+impl Pipeline {
+    /// Declares queues and an exchange whose names begin with `name`, and starts the relays on this runtime.
+    ///
+    /// # Errors
+    /// When the URL cannot be read, or what RabbitMQ says.
+    pub async fn open(url: &str, kind: QueueType, name: &str) -> Result<(Self, Entry, Exit), BrokerError> {
+        // For amqps; a second call, by whoever, changes nothing.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let addresses = Addresses::parse(url)?;
+        let opened = async {
+            let uri = addresses.nth(0);
+            let connect = ["in", "take", "relay", "out"].map(|part| session::connect(uri, part));
+            let connections = futures_util::future::try_join_all(connect).await?;
+            let control = connections[0].create_channel().await?;
+            let queues = ["a", "b", "c"].map(|part| format!("{name}-{part}"));
+            let exchange = format!("{name}-topic");
+            for queue in &queues {
+                topology::declare_queue(&control, queue, kind).await?;
+            }
+            let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+            control.exchange_declare(short(&exchange), ExchangeKind::Topic, durable, FieldTable::default()).await?;
+            topology::bind(&control, &queues[2], &exchange, "bare.#").await?;
+            let entry = Out::open(&connections[0], "", &queues[0]).await?;
+            let mut relays = Vec::new();
+            for (from, exchange, key) in [(0, "", queues[1].as_str()), (1, exchange.as_str(), "bare.message")] {
+                let out = Out::open(&connections[2], exchange, key).await?;
+                let (channel, consumer) = consume(&connections[1], &queues[from]).await?;
+                relays.push(tokio::spawn(relay(channel, consumer, out)));
+            }
+            let (channel, consumer) = consume(&connections[3], &queues[2]).await?;
+            Ok((Self { connections, control, queues, exchange, relays }, Entry(entry), Exit { channel, consumer }))
+        };
+        opened.await.map_err(|error| broker_error(ACTION, error))
+    }
+
+    /// Deletes everything.
+    ///
+    /// # Errors
+    /// What ended a relay before this; else what RabbitMQ says.
+    pub async fn close(self) -> Result<(), BrokerError> {
+        for relay in self.relays {
+            relay.abort();
+            if let Ok(ended) = relay.await {
+                ended?;
+            }
+        }
+        let deleted = async {
+            for queue in &self.queues {
+                self.control.queue_delete(short(queue), QueueDeleteOptions::default()).await?;
+            }
+            self.control.exchange_delete(short(&self.exchange), ExchangeDeleteOptions::default()).await?;
+            for connection in &self.connections {
+                connection.close(200, short("bye")).await?;
+            }
+            Ok(())
+        };
+        deleted.await.map_err(|error| broker_error(ACTION, error))
+    }
+}
+
+impl Entry {
+    /// Puts a message in line; what is returned resolves when it is confirmed.
+    pub fn publish(&self, body: Vec<u8>) -> Confirmed {
+        self.0.publish(body)
+    }
+
+    /// Messages that should be on their way to a confirm at most.
+    pub fn window(&self) -> usize {
+        usize::from(WINDOW)
+    }
+}
+
+impl Exit {
+    /// Waits for messages, and takes all that are there. They are acknowledged at once.
+    ///
+    /// # Errors
+    /// When there will be no more.
+    pub async fn next(&mut self) -> Result<Vec<Vec<u8>>, BrokerError> {
+        let batch = next_batch(&mut self.consumer, usize::from(WINDOW)).await?;
+        if let Some(last) = batch.last() {
+            acknowledge(&self.channel, last.delivery_tag)?;
+        }
+        Ok(batch.into_iter().map(|delivery| delivery.data).collect())
+    }
+}
+
+impl Out {
+    async fn open(connection: &Connection, exchange: &str, key: &str) -> Result<Self, lapin::Error> {
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let properties = BasicProperties::default()
+            .with_delivery_mode(PERSISTENT)
+            .with_content_type(short("application/json"))
+            // As long as the id of a real message.
+            .with_message_id(short("01a20ac4-3710-77d1-a307-da459b74f89b"));
+        Ok(Self { channel, exchange: short(exchange), key: short(key), properties })
+    }
+
+    fn publish(&self, body: Vec<u8>) -> Confirmed {
+        let Self { channel, exchange, key, properties } = self.clone();
+        let mut sent = Box::pin(async move {
+            let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+            let confirm = channel.basic_publish(exchange, key, options, &body, properties).await;
+            let confirmation = confirm.map_err(|error| broker_error(ACTION, error))?;
+            let confirmation = confirmation.await.map_err(|error| broker_error(ACTION, error))?;
+            if confirmation.is_nack() || confirmation.take_message().is_some() {
+                return Err(unavailable(format!("{ACTION}: a message was refused or found no queue")));
+            }
+            Ok(())
+        });
+        // The first poll puts its frames in line.
+        match sent.as_mut().now_or_never() {
+            Some(result) => Box::pin(std::future::ready(result)),
+            None => sent,
+        }
+    }
+}
+
+async fn consume(connection: &Connection, queue: &str) -> Result<(Channel, Consumer), lapin::Error> {
+    let channel = connection.create_channel().await?;
+    channel.basic_qos(WINDOW, BasicQosOptions::default()).await?;
+    let (tag, options) = (short(&format!("{queue}-consumer")), BasicConsumeOptions::default());
+    let consumer = channel.basic_consume(short(queue), tag, options, FieldTable::default()).await?;
+    Ok((channel, consumer))
+}
+
+/// Waits for a delivery, and takes what is there with it, up to `max`.
+async fn next_batch(consumer: &mut Consumer, max: usize) -> Result<Vec<Delivery>, BrokerError> {
+    let ended = || unavailable(format!("{ACTION}: a consumer was ended"));
+    let mut batch = Vec::new();
+    std::future::poll_fn(|context| {
+        loop {
+            match consumer.poll_next_unpin(context) {
+                Poll::Ready(Some(Ok(delivery))) => {
+                    batch.push(delivery);
+                    if batch.len() >= max {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(broker_error(ACTION, error))),
+                Poll::Ready(None) => return Poll::Ready(Err(ended())),
+                Poll::Pending if batch.is_empty() => return Poll::Pending,
+                Poll::Pending => return Poll::Ready(Ok(())),
+            }
+        }
+    })
+    .await?;
+    Ok(batch)
+}
+
+/// Acknowledges everything up to this tag: a channel has one consumer, which takes in order.
+fn acknowledge(channel: &Channel, tag: u64) -> Result<(), BrokerError> {
+    match channel.basic_ack(tag, BasicAckOptions { multiple: true }).now_or_never() {
+        Some(Err(error)) => Err(broker_error(ACTION, error)),
+        Some(Ok(())) | None => Ok(()),
+    }
+}
+
+async fn relay(channel: Channel, mut consumer: Consumer, out: Out) -> Result<(), BrokerError> {
+    let mut window = FuturesOrdered::new();
+    loop {
+        let room = usize::from(WINDOW) - window.len();
+        tokio::select! {
+            Some(first) = window.next(), if !window.is_empty() => {
+                let mut last: u64 = first?;
+                while let Some(Some(next)) = window.next().now_or_never() {
+                    last = next?;
+                }
+                acknowledge(&channel, last)?;
+            }
+            batch = next_batch(&mut consumer, room), if room > 0 => {
+                for delivery in batch? {
+                    let (tag, confirmed) = (delivery.delivery_tag, out.publish(delivery.data));
+                    window.push_back(async move { confirmed.await.map(|()| tag) });
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! What to measure a router on RabbitMQ against: the same three queues in bare lapin, in the same run.
+
+use std::rc::Rc;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+
+use super::Options;
+use super::latency::{Due, RATE, tick};
+use super::load::{Run, Tasks};
+use super::payload::{Payload, numbers};
+use super::report::Report;
+use super::scenarios::report;
+use crate::broker::BrokerError;
+use crate::broker::amqp::bare::{Entry, Exit, Pipeline};
+use crate::cli::error::CliError;
+use crate::cli::interrupt::Interrupt;
+use crate::config::QueueType;
+
+/// Messages a second, as many as go through, under the window of `pipe`.
+pub(super) async fn rate(options: &Options, seconds: f64, interrupt: &Interrupt) -> Result<Report, CliError> {
+    let run = Run::begin(options, seconds, 1, interrupt);
+    let payload = Rc::new(Payload::new("bare.message", options.bytes));
+    let (pipeline, entry, exit) = open(options).await?;
+    let mut tasks = Tasks::new(&run);
+    tasks.spawn_sender(produce(Rc::clone(&run), entry, Rc::clone(&payload), options.window()));
+    tasks.spawn(take(Rc::clone(&run), exit, payload.message_bytes(), |_, _| ()));
+    let outcome = tasks.finish("through bare queues", options.json, |run| run.ledger.borrow().arrived()).await;
+    close(pipeline, outcome).await?;
+    let took = run.last_arrived.get() - run.started;
+    let arrived = run.ledger.borrow().arrived();
+    let what = "a bare lapin pipeline of three queues, without a router".to_owned();
+    Ok(report("bare", what, &run, "messages", arrived, took, "-"))
+}
+
+/// Times at a steady rate, from when a message is due to its arrival.
+pub(super) async fn latency(options: &Options, seconds: f64, interrupt: &Interrupt) -> Result<Report, CliError> {
+    let payload = Rc::new(Payload::new("bare.message", options.bytes));
+    let (pipeline, entry, exit) = open(options).await?;
+    let run = Run::begin(options, seconds, 1, interrupt);
+    let (due, rate) = (Rc::new(Due::default()), options.rate.unwrap_or(RATE));
+    let mut tasks = Tasks::new(&run);
+    tasks.spawn_sender(tick(Rc::clone(&run), Rc::clone(&due), rate));
+    tasks.spawn_sender(produce_due(Rc::clone(&run), Rc::clone(&due), entry, Rc::clone(&payload)));
+    tasks.spawn(take(Rc::clone(&run), exit, payload.message_bytes(), move |run, number| due.arrived(run, number)));
+    let outcome = tasks.finish("at a steady rate", options.json, |run| run.ledger.borrow().arrived()).await;
+    close(pipeline, outcome).await?;
+    let took = run.last_accepted.get() - run.started;
+    let what = format!("a bare lapin pipeline of three queues at {rate} messages/s");
+    Ok(report("bare-latency", what, &run, "messages", run.accepted.get(), took, "publish to delivery"))
+}
+
+async fn open(options: &Options) -> Result<(Pipeline, Entry, Exit), CliError> {
+    let url = options.broker.as_deref().unwrap_or_default();
+    let kind = match options.queue_type.as_deref() {
+        Some("classic") => QueueType::Classic,
+        _ => QueueType::Quorum,
+    };
+    let name = format!("backbone-bench-{:08x}", rand::random::<u32>());
+    Pipeline::open(url, kind, &name).await.map_err(|error| failed(&error))
+}
+
+/// Deletes its queues, whatever became of the run.
+async fn close(pipeline: Pipeline, outcome: Result<(), CliError>) -> Result<(), CliError> {
+    let closed = pipeline.close().await.map_err(|error| failed(&error));
+    outcome.and(closed)
+}
+
+fn failed(error: &BrokerError) -> CliError {
+    CliError::failed(format!("the bare pipeline: {}", crate::actors::describe(error)))
+}
+
+/// Publishes as fast as the window and the backlog allow.
+async fn produce(run: Rc<Run>, entry: Entry, payload: Rc<Payload>, backlog: u64) -> Result<(), CliError> {
+    let mut under_way = FuturesUnordered::new();
+    loop {
+        while under_way.len() < entry.window() && run.is_within(backlog) {
+            let Some(numbers) = run.take(1) else { break };
+            under_way.push(publish(&entry, &payload, numbers.start));
+        }
+        if let Some(confirmed) = under_way.next().await {
+            let number = confirmed.map_err(|error| failed(&error))?;
+            run.accept(number..number + 1);
+        } else if run.is_over() || !run.has_more() {
+            return Ok(());
+        } else {
+            run.wait_for_window(backlog).await;
+        }
+    }
+}
+
+/// Publishes what is due.
+async fn produce_due(run: Rc<Run>, due: Rc<Due>, entry: Entry, payload: Rc<Payload>) -> Result<(), CliError> {
+    let mut under_way = FuturesUnordered::new();
+    loop {
+        let more = due.more();
+        while let Some(number) = due.take() {
+            under_way.push(publish(&entry, &payload, number));
+        }
+        tokio::select! {
+            Some(confirmed) = under_way.next(), if !under_way.is_empty() => {
+                let number = confirmed.map_err(|error: BrokerError| failed(&error))?;
+                run.accept(number..number + 1);
+            }
+            () = more, if !due.is_over() => {}
+            else => return Ok(()),
+        }
+    }
+}
+
+fn publish(entry: &Entry, payload: &Payload, number: u64) -> impl Future<Output = Result<u64, BrokerError>> + use<> {
+    let mut body = Vec::new();
+    payload.write(number..number + 1, &mut body);
+    let confirmed = entry.publish(body);
+    async move { confirmed.await.map(|()| number) }
+}
+
+/// Takes what arrives into the ledger, until everything is here.
+async fn take(run: Rc<Run>, mut exit: Exit, message_bytes: usize, seen: impl Fn(&Run, u64)) -> Result<(), CliError> {
+    while !run.is_complete() && !run.is_silent() {
+        // Looks at the clock now and then, for when nothing comes any more.
+        let Ok(batch) = tokio::time::timeout(super::load::SHOWN_EVERY, exit.next()).await else { continue };
+        for body in batch.map_err(|error| failed(&error))? {
+            numbers(&body, message_bytes, |number| {
+                seen(&run, number);
+                run.ledger.borrow_mut().arrive(0, number);
+            });
+        }
+        run.arrived_now();
+    }
+    Ok(())
+}

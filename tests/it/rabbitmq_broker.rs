@@ -1,0 +1,167 @@
+//! What only RabbitMQ can do to its broker: things that somebody else declared, or deleted under us.
+
+use std::time::Duration;
+
+use backbone::broker::{BrokerErrorKind, DeadReason, Health, Outcome, PullMode, Queue, Target};
+use backbone::client::Limits;
+use reqwest::Method;
+use serde_json::json;
+
+use crate::support::env::{
+    BrokerEnv, bodies, client_id, delivered_bodies, message, next_exactly, numbered, settle_all,
+};
+use crate::support::eventually;
+use crate::support::fixture::{BrokerKind, Fixture};
+use crate::support::rabbitmq::VirtualHost;
+use crate::support::wait::SOON;
+
+/// Declares a queue of a type, as somebody else would.
+async fn declare(host: &VirtualHost, queue: &str, kind: &str) {
+    let body = json!({"durable": true, "arguments": {"x-queue-type": kind}});
+    host.manage(Method::PUT, &format!("queues/{}/{queue}", host.name()), Some(body)).await;
+}
+
+async fn delete(host: &VirtualHost, what: &str, name: &str) {
+    host.manage(Method::DELETE, &format!("{what}/{}/{name}", host.name()), None).await;
+}
+
+#[actix_rt::test]
+async fn a_queue_of_another_type_is_named_with_the_way_out() {
+    for (kind, other) in [(BrokerKind::RabbitmqQuorum, "classic"), (BrokerKind::RabbitmqClassic, "quorum")] {
+        let mut env = BrokerEnv::start(kind).await;
+        let host = env.virtual_host();
+        let a = env.client("a", &["x"]).await;
+        // One of the backbone's own: nothing works, and health says what to do.
+        delete(host, "queues", "soar-publish").await;
+        declare(host, "soar-publish", other).await;
+        env.restart_unready().await;
+        let why = eventually("it says what is wrong", SOON, async || match env.broker().health() {
+            Health::Unreachable(why) if why.contains("soar-publish") => Some(why),
+            _ => None,
+        })
+        .await;
+        assert!(why.contains("SOAR_QUEUE_TYPE") && why.contains("rabbitmqctl delete_queue"), "{why}");
+        // The way out, taken while it runs.
+        delete(env.virtual_host(), "queues", "soar-publish").await;
+        eventually("it comes up", SOON, async || (env.broker().health() == Health::Ready).then_some(())).await;
+        env.route(&a, "x", &["0"]).await;
+        assert_eq!(bodies(&env.pull_exactly(&a, 1, PullMode::Auto).await), ["0"]);
+        // One of a client's: declaring it is refused with the reason, and others are not concerned.
+        declare(env.virtual_host(), "b-outbox", other).await;
+        let refused = env.broker().declare_client(&client_id("b"), &Limits::default()).await.expect_err("in the way");
+        assert_eq!(refused.kind, BrokerErrorKind::Conflict);
+        let text = refused.to_string();
+        assert!(text.contains("b-outbox") && text.contains("SOAR_QUEUE_TYPE"), "{text}");
+        assert!(!refused.is_retryable());
+        env.route(&a, "x", &["1"]).await;
+        assert_eq!(bodies(&env.pull_exactly(&a, 1, PullMode::Auto).await), ["1"]);
+        delete(env.virtual_host(), "queues", "b-outbox").await;
+        let b = env.client("b", &["x"]).await;
+        env.route(&a, "x", &["2"]).await;
+        assert_eq!(bodies(&env.pull_exactly(&b, 1, PullMode::Auto).await), ["2"]);
+        env.finish().await;
+    }
+}
+
+/// Deletes each of the backbone's own things and uses it; the broker declares it again. What was in a queue that somebody
+/// deletes is gone; everything that comes afterwards is not.
+#[actix_rt::test]
+async fn what_somebody_deletes_is_declared_again() {
+    let env = BrokerEnv::start(BrokerKind::RabbitmqQuorum).await;
+    let host = env.virtual_host();
+    let a = env.client("a", &["x"]).await;
+    let (outbox, inbox) = (Queue::Outbox(a.clone()), Queue::Inbox(a.clone()));
+
+    // A sender's queue, which nobody consumes.
+    delete(host, "queues", "a-outbox").await;
+    env.publish(&outbox, numbered(&a, "x", 3)).await;
+    // The queues and exchanges on its way, one after the other, each while messages wait before it.
+    delete(host, "queues", "soar-publish").await;
+    forward_at_last(&env, &outbox, Target::Publish).await;
+    delete(host, "exchanges", "soar-topic").await;
+    forward_at_last(&env, &Queue::Publish, Target::Topic).await;
+    // Bound again after the exchange came back; what was forwarded in between found no way and was kept.
+    eventually("the inbox is bound again", SOON, async || {
+        env.route(&a, "x", &["3"]).await;
+        let came = bodies(&env.pull(&a, 100, Duration::ZERO, PullMode::Auto).await);
+        came.contains(&"3".to_owned()).then_some(())
+    })
+    .await;
+
+    delete(host, "exchanges", "soar-broadcast").await;
+    let notify = Queue::Notify(a.clone());
+    env.publish(&notify, vec![message(&a, None, "4")]).await;
+    forward_at_last(&env, &notify, Target::Broadcast).await;
+    delete(host, "queues", "soar-unrouted").await;
+    env.publish(&Queue::Publish, vec![message(&a, Some("nobody"), "5")]).await;
+    forward_at_last(&env, &Queue::Publish, Target::Topic).await;
+    assert_eq!(env.internal_depth("soar-unrouted").await, 1);
+
+    // The inbox, under a consumer of it.
+    let mut consumer = env.consume(&inbox, 10).await;
+    while env.depths(&a).await.inbox > 0 {
+        settle_all(next_exactly(&mut consumer, 1).await, Outcome::Complete).await;
+    }
+    delete(host, "queues", "a-inbox").await;
+    let batch = eventually("the inbox is there again", SOON, async || {
+        env.route(&a, "x", &["6"]).await;
+        let batch = actix_rt::time::timeout(Duration::from_millis(300), consumer.next(1)).await.ok()?;
+        Some(batch.expect("the consumer goes on"))
+    })
+    .await;
+    assert_eq!(delivered_bodies(&batch), ["6"]);
+    // Where it goes from there.
+    for (queue, outcome) in [
+        ("soar-retry-1", Outcome::Delay { delay: Duration::from_secs(1), attempts: 1 }),
+        ("a-dead", Outcome::Dead { reason: DeadReason::DeliveryFailed, attempts: 1 }),
+    ] {
+        if queue == "soar-retry-1" {
+            // Once, so that it is there.
+            env.route(&a, "x", &["7"]).await;
+            let delivery = next_exactly(&mut consumer, 1).await.remove(0);
+            delivery.settle(outcome.clone()).await.expect("delays");
+        }
+        delete(host, "queues", queue).await;
+        env.route(&a, "x", &["8"]).await;
+        eventually("it is settled at last", SOON, async || {
+            let delivery = next_exactly(&mut consumer, 1).await.remove(0);
+            delivery.settle(outcome.clone()).await.ok()
+        })
+        .await;
+    }
+    let dead = env.broker().dead_letters(&a, None, 10).await.expect("lists").dead_letters;
+    assert!(!dead.is_empty());
+    drop((consumer, batch));
+    env.finish().await;
+}
+
+/// Forwards what is in a queue until it is empty, as a pipeline does: what fails comes back and is tried again.
+async fn forward_at_last(env: &BrokerEnv, queue: &Queue, target: Target) {
+    let mut consumer = env.consume(queue, 100).await;
+    eventually("it is forwarded", SOON, async || {
+        let next = consumer.next(100);
+        let batch = match actix_rt::time::timeout(Duration::from_millis(500), next).await {
+            Ok(batch) => batch.expect("the queue is there"),
+            Err(_) => return Some(()),
+        };
+        let outcomes = batch.into_iter().map(|delivery| {
+            let message = delivery.payload.message().expect("a message").clone();
+            (delivery, Outcome::Forward(target, message))
+        });
+        let _ = backbone::broker::settle(outcomes.collect()).await;
+        None
+    })
+    .await;
+}
+
+/// A queue that somebody made without saying of which type is a classic one.
+#[actix_rt::test]
+async fn a_classic_queue_without_a_declared_type_is_told_as_well() {
+    let env = BrokerEnv::start(BrokerKind::RabbitmqQuorum).await;
+    let host = env.virtual_host();
+    host.manage(Method::PUT, &format!("queues/{}/b-inbox", host.name()), Some(json!({"durable": true}))).await;
+    let refused = env.broker().declare_client(&client_id("b"), &Limits::default()).await.expect_err("in the way");
+    assert_eq!(refused.kind, BrokerErrorKind::Conflict);
+    assert!(refused.to_string().contains("b-inbox"), "{refused}");
+    env.finish().await;
+}

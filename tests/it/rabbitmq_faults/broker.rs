@@ -1,0 +1,92 @@
+//! Faults of the node itself.
+
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use rustix::process::Signal;
+
+use super::Scene;
+use crate::support::rabbitmq::Node;
+use crate::support::{TestApp, eventually};
+
+/// How long an alarm lasts, and a hang.
+const LONG: Duration = Duration::from_secs(10);
+
+/// Kills of the broker.
+const KILLS: usize = 10;
+
+/// How long the router may take to come back after a broker that takes connections again.
+const BACK: Duration = Duration::from_secs(15);
+
+queue_type_tests! {
+    async fn heavy_nothing_accepted_is_lost_through_ten_kills_of_the_broker(kind: BrokerKind) {
+        let mut node = Node::start().await;
+        let scene = Scene::start(TestApp::start_on(kind, node.url(), &[]).await).await;
+        for kill in 0..KILLS {
+            node.kill();
+            let restart = async {
+                node.restart().await;
+                Instant::now()
+            };
+            // The first time with an eye on what users see.
+            let up = if kill == 0 {
+                scene.is_away("RabbitMQ", Duration::from_secs(1)).await;
+                restart.await
+            } else {
+                restart.await
+            };
+            scene.flows("after a kill").await;
+            println!("kill {kill}: messages flow {:?} after the broker was up", up.elapsed());
+            assert!(up.elapsed() < BACK, "it took {:?}", up.elapsed());
+        }
+        scene.finish().await;
+    }
+
+    async fn heavy_nothing_accepted_is_lost_through_an_alarm_and_what_operators_do(kind: BrokerKind) {
+        let mut node = Node::start().await;
+        let scene = Scene::start(TestApp::start_on(kind, node.url(), &[]).await).await;
+
+        node.ctl(&["stop_app"]).await;
+        scene.is_away("RabbitMQ", Duration::from_secs(1)).await;
+        node.ctl(&["start_app"]).await;
+        println!("start_app: messages flow after {:?}", scene.flows("after start_app").await);
+
+        close_all_connections(&node).await;
+        println!("closed connections: messages flow after {:?}", scene.flows("after its connections were closed").await);
+
+        node.ctl(&["set_vm_memory_high_watermark", "absolute", "1MB"]).await;
+        scene.is_blocked("takes no messages", LONG).await;
+        node.ctl(&["set_vm_memory_high_watermark", "0.8"]).await;
+        println!("alarm: messages flow after {:?}", scene.flows("after an alarm").await);
+
+        node.signal(Signal::STOP);
+        scene.is_away("no sign of life", LONG).await;
+        node.signal(Signal::CONT);
+        println!("hang: messages flow after {:?}", scene.flows("after the broker hung").await);
+        scene.finish().await;
+        node.kill();
+    }
+}
+
+/// Closes every connection by the management API, as an operator does in a browser.
+async fn close_all_connections(node: &Node) {
+    // The management database is filled every few seconds.
+    let names = eventually("the management API lists the connections", crate::support::wait::SOON, async || {
+        let connections = node.manage(Method::GET, "connections?columns=name", None).await;
+        let names: Vec<String> =
+            connections.as_array()?.iter().filter_map(|c| c["name"].as_str()).map(escaped).collect();
+        (names.len() >= 5).then_some(names)
+    })
+    .await;
+    println!("the router has {} connections", names.len());
+    for name in names {
+        node.manage(Method::DELETE, &format!("connections/{name}"), None).await;
+    }
+}
+
+/// For a path of the management API.
+fn escaped(name: &str) -> String {
+    name.bytes()
+        .map(|byte| if byte.is_ascii_alphanumeric() { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
+}
