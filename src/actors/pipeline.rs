@@ -50,6 +50,21 @@ pub(super) struct Pipeline<S> {
     failures: u32,
     /// Ends the present consumer's stream.
     give_up: Rc<GiveUp>,
+    /// Batches that are being settled.
+    under_way: usize,
+    /// What follows when nothing is under way any more.
+    then: Then,
+}
+
+/// What a pipeline does once all that it had handed over is settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    /// It goes on.
+    GoOn,
+    /// It consumes anew: what comes then must not be put in line before what is under way.
+    Reconnect,
+    /// It stops.
+    Stop,
 }
 
 /// Whether a consumer is given up.
@@ -75,7 +90,7 @@ impl GiveUp {
 
 impl<S: Stage> Pipeline<S> {
     pub(super) fn new(stage: S, shared: Arc<Shared>, identity: Identity) -> Self {
-        Self { stage, shared, identity, failures: 0, give_up: Rc::default() }
+        Self { stage, shared, identity, failures: 0, give_up: Rc::default(), under_way: 0, then: Then::GoOn }
     }
 
     fn connect(&mut self, ctx: &mut Context<Self>) {
@@ -113,6 +128,15 @@ impl<S: Stage> Pipeline<S> {
         let wait: Duration = supervision::random_backoff(self.failures.min(ATTEMPTS_COUNTED_MAX));
         self.failures = self.failures.saturating_add(1);
         ctx.run_later(wait, |this, ctx| this.connect(ctx));
+    }
+
+    /// Nothing is under way any more.
+    fn go_on(&mut self, ctx: &mut Context<Self>) {
+        match std::mem::replace(&mut self.then, Then::GoOn) {
+            Then::GoOn => {}
+            Then::Reconnect => self.reconnect_later(ctx),
+            Then::Stop => ctx.stop(),
+        }
     }
 
     /// A batch was settled, or could not be. `consumer` is the one that it came from.
@@ -164,7 +188,13 @@ impl<S: Stage> Handler<Control> for Pipeline<S> {
     type Result = ();
 
     fn handle(&mut self, control: Control, ctx: &mut Self::Context) {
-        control.obey(&self.identity, ctx);
+        if control == Control::Stop && self.under_way > 0 {
+            // What is not being settled goes back.
+            self.then = Then::Stop;
+            self.give_up.set();
+        } else {
+            control.obey(&self.identity, ctx);
+        }
     }
 }
 
@@ -191,13 +221,25 @@ impl<S: Stage> StreamHandler<Batch> for Pipeline<S> {
         match settling.as_mut().now_or_never() {
             Some(result) => self.settled(result, &consumer),
             None => {
-                ctx.spawn(settling.into_actor(self).map(move |result, this, _| this.settled(result, &consumer)));
+                self.under_way += 1;
+                ctx.spawn(settling.into_actor(self).map(move |result, this, ctx| {
+                    this.under_way -= 1;
+                    this.settled(result, &consumer);
+                    if this.under_way == 0 {
+                        this.go_on(ctx);
+                    }
+                }));
             }
         }
     }
 
     /// The queue was deleted, the broker closed, or a batch could not be settled.
     fn finished(&mut self, ctx: &mut Self::Context) {
-        self.reconnect_later(ctx);
+        if self.then == Then::GoOn {
+            self.then = Then::Reconnect;
+        }
+        if self.under_way == 0 {
+            self.go_on(ctx);
+        }
     }
 }

@@ -95,7 +95,8 @@ fn table() -> Vec<Row> {
         status("422", 422, false),
         status("429", 429, false),
         asked("429 and seconds", 429, "2".into(), 2),
-        asked("429 and a date", 429, in_4_s, 1),
+        // When it is asked for, some of that is over; `webhook_push` measures it.
+        row("429 and a date", Reply::retry_after(429, in_4_s), false),
         status("500", 500, false),
         status("502", 502, false),
         status("503", 503, false),

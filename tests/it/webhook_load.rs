@@ -155,8 +155,9 @@ broker_tests! {
             "{} clients: {} MiB, {files} files, {} hanging connections, {} calls of failing ones",
             healthy + 2 * sick, mib(memory), hanging.open_connections(), failing.count()
         );
-        // 1.5 times what it is without them; and what the timers of a busy machine add to a figure of milliseconds.
-        let limit = percentile(&alone, 99).mul_f64(1.5) + Duration::from_millis(if is_full_size() { 2 } else { 60 });
+        // 1.5 times what it is without them. At the small size that is a figure of milliseconds made of a few samples: then
+        // what is far from the 2 s and more that the sick ones take.
+        let limit = percentile(&alone, 99).mul_f64(1.5) + Duration::from_millis(if is_full_size() { 2 } else { 250 });
         assert!(percentile(&among, 99) <= limit, "p99 {:?} is over {limit:?}", percentile(&among, 99));
         assert!(memory <= 300 << 20, "{} MiB", mib(memory));
         assert!(hanging.open_connections() <= sick * 8, "{}", hanging.open_connections());
@@ -174,17 +175,20 @@ broker_tests! {
             (false, true) => (2000, 8),
         };
         let mut app = TestApp::start(*kind).await;
-        let failed = Arc::new(Mutex::new(HashMap::<u64, Instant>::new()));
+        // How often each came that fails the first time.
+        let tried = Arc::new(Mutex::new(HashMap::<u64, u64>::new()));
         // One of five is delivered at once, so that the breaker does not open.
         let endpoint = {
-            let failed = Arc::clone(&failed);
+            let tried = Arc::clone(&tried);
             FakeEndpoint::start(move |hit, _| {
                 let n = hit.number();
-                if n % 5 == 4 || failed.lock().contains_key(&n) {
+                if n % 5 == 4 {
                     return Reply::Status(200);
                 }
-                failed.lock().insert(n, Instant::now());
-                Reply::Status(500)
+                let mut tried = tried.lock();
+                let times = tried.entry(n).or_default();
+                *times += 1;
+                Reply::Status(if *times == 1 { 500 } else { 200 })
             })
         };
         let settings = json!({"retry_schedule_s": [wait_s, 5], "concurrency": 32});
@@ -193,49 +197,49 @@ broker_tests! {
         let began = Instant::now();
         send(&sender, count).await;
         eventually("each was tried once", LONG, async || (endpoint.count() as u64 >= count).then_some(())).await;
-        let waiting = failed.lock().len() as u64;
+        let waiting = tried.lock().len() as u64;
         assert_eq!(waiting, count / 5 * 4);
         println!("{waiting} wait after {:?}", began.elapsed());
         assert!(began.elapsed() < Duration::from_secs(wait_s * 8 / 10), "the first are due already: {:?}", began.elapsed());
         let with_all = resident_bytes(app.router.pid());
+        let killed = Instant::now();
         app.kill_and_restart().await;
-        eventually("each came", LONG, async || {
-            (endpoint.count() as u64 >= count + waiting && depth(&receiver, "inbox").await == 0).then_some(())
+        eventually("each came again", LONG, async || {
+            let is_done = tried.lock().values().all(|times| *times > 1);
+            (is_done && depth(&receiver, "inbox").await == 0).then_some(())
         }).await;
         let with_none = resident_bytes(app.router.pid());
         assert_eq!(depth(&receiver, "dead").await, 0);
-        let failed = std::mem::take(&mut *failed.lock());
-        let mut late = Vec::new();
-        let mut seen = BTreeSet::new();
-        let mut again = 0;
-        for hit in endpoint.hits() {
-            let n = hit.number();
-            let Some(first) = failed.get(&n) else { continue };
-            let after = hit.at.duration_since(*first);
-            if after < Duration::from_millis(500) {
-                // The attempt that failed.
-                continue;
+        let mut arrivals = HashMap::<u64, Vec<Instant>>::new();
+        endpoint.hits().iter().for_each(|hit| arrivals.entry(hit.number()).or_default().push(hit.at));
+        assert_eq!(arrivals.len() as u64, count, "each came");
+        let (mut late, mut at_once, mut again) = (Vec::new(), 0, 0);
+        let wait = Duration::from_secs(wait_s);
+        for (n, at) in arrivals.iter().filter(|(n, _)| *n % 5 != 4) {
+            again += at.len() - 2;
+            let after = at[1] - at[0];
+            if after >= wait.mul_f64(0.8) - Duration::from_millis(5) {
+                late.push(after.saturating_sub(wait.mul_f64(1.2)));
+            } else {
+                // Its settlement was not durable when the kill came, so the attempt was made again.
+                assert!(killed.duration_since(at[0]) < Duration::from_secs(3), "{n} came early: after {after:?}");
+                at_once += 1;
             }
-            if !seen.insert(n) {
-                again += 1;
-                continue;
-            }
-            let wait = Duration::from_secs(wait_s);
-            assert!(after >= wait.mul_f64(0.8) - Duration::from_millis(5), "{n} came early: after {after:?}");
-            late.push(after.saturating_sub(wait.mul_f64(1.2)));
         }
-        assert_eq!(seen.len() as u64, waiting, "each came once more");
         late.sort_unstable();
         println!(
-            "late beyond the jitter: p50 {:?} p99 {:?} max {:?}; {again} came twice; memory {} MiB before, {} MiB with all waiting, {} MiB after",
+            "late beyond the jitter: p50 {:?} p99 {:?} max {:?}; {at_once} were attempted again at once, {again} came twice; memory {} MiB before, {} MiB with all waiting, {} MiB after",
             percentile(&late, 50), percentile(&late, 99), late[late.len() - 1], mib(before), mib(with_all), mib(with_none)
         );
         // What a kill may bring back is what was under way, and what the last commit had not taken in.
-        assert!(again <= count / 10, "{again} came again");
+        let most = if is_full_size() { 2048 } else { 512 };
+        assert!(at_once + again <= most, "{at_once} and {again} came again");
         // RabbitMQ's retry queues are rounded up by a tenth at most.
         let slack = Duration::from_secs(if is_full_size() { 30 } else { 5 }) + Duration::from_secs(wait_s / 8 + 1);
         assert!(late[late.len() - 1] <= slack, "late by {:?}", late[late.len() - 1]);
-        assert!(with_all <= before + (64 << 20), "{} MiB became {} MiB", mib(before), mib(with_all));
+        // The broker keeps up to 64 MiB of messages at hand, and the ways of the newest 100,000 are known.
+        let more = if is_full_size() { 128 << 20 } else { 64 << 20 };
+        assert!(with_all <= before + more, "{} MiB became {} MiB", mib(before), mib(with_all));
         app.finish().await;
     }
 
