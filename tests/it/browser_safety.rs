@@ -42,7 +42,7 @@ async fn what_clients_write_is_shown_as_text_wherever_it_is_shown() {
     // Its way, by the link of the dead letter: the id has every character that an address must not have.
     browser.click("#dead-letters td a").await;
     browser.sees("main h2", id).await;
-    browser.sees(".way", "dead letter").await;
+    browser.sees(".way", "attempt failed").await;
     browser.open("/#/tail?pattern=x").await;
     crate::support::eventually("the message is seen", crate::support::wait::SOON, async || {
         sender.send("x", json!({ "text": MARKUP })).await;
@@ -51,16 +51,16 @@ async fn what_clients_write_is_shown_as_text_wherever_it_is_shown() {
     })
     .await;
     // Addresses that somebody may have sent to an operator.
-    for hash in [
-        "#/client/%3Cimg%20src=x%20onerror=window.parsed=1%3E",
-        "#/message/%3Cscript%3Ewindow.parsed=1%3C%2Fscript%3E",
-        "#/client/%E0%A4%A",
-        "#/__proto__/x",
-        "#/constructor",
-        "#/clients?sort=%3Cb%3E&offset=-1",
+    for (hash, shows) in [
+        ("#/client/%3Cimg%20src=x%20onerror=window.parsed=1%3E", "#notice"),
+        ("#/message/%3Cscript%3Ewindow.parsed=1%3C%2Fscript%3E", "main [role=alert]"),
+        ("#/client/%E0%A4%A", "#notice"),
+        ("#/__proto__/x", "svg.flow"),
+        ("#/constructor", "svg.flow"),
+        ("#/clients?sort=%3Cb%3E&offset=-1", "tr[data-id=victim]"),
     ] {
         browser.open(&format!("/{hash}")).await;
-        browser.sees("h1", "").await;
+        browser.sees(shows, "").await;
     }
     let parsed =
         browser.eval("return [window.parsed ?? null, document.querySelectorAll('main img, main script').length]").await;

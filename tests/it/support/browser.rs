@@ -137,12 +137,6 @@ impl Browser {
         self.post("/refresh", json!({})).await;
     }
 
-    /// Where it is.
-    pub(crate) async fn url(&mut self) -> String {
-        let url = self.command(reqwest::Method::GET, "/url", None).await.expect("a URL");
-        url.as_str().expect("a URL is text").to_owned()
-    }
-
     /// Runs the body of a function in the page, and returns what it returns. A promise is awaited.
     pub(crate) async fn eval(&mut self, script: &str) -> Value {
         self.try_eval(script).await.unwrap_or_else(|error| panic!("{script}: {error}"))
@@ -306,7 +300,7 @@ impl Browser {
             if event["method"] == "Network.requestWillBeSent" && !of_browser {
                 let request = &event["params"]["request"];
                 // Where an operator was is nobody's business, not even the router's log.
-                if let Some(from) = request["headers"].get("Referer") {
+                if let Some(from) = request["headers"]["Referer"].as_str().filter(|from| !from.is_empty()) {
                     self.complaints.push(format!("a request says that it comes from {from}: {}", request["url"]));
                 }
                 self.requests.push(event["params"]["request"]["url"].as_str().expect("a URL").to_owned());
