@@ -272,7 +272,7 @@ rabbitmq_tests! {
         let receiver = app.onboard("receiver", &["x"]).await;
         let long = "y".repeat(MAX_MESSAGE_BYTES);
         let too_long = |with: &str| format!(r#"{{{with}"message":"{long}"}}"#).into_bytes();
-        let deep = [b"{\"message\":".repeat(1), b"[".repeat(200_000)].concat();
+        let deep = [b"{\"message\":".to_vec(), b"[".repeat(200_000)].concat();
         let anywhere: Vec<Vec<u8>> = vec![
             b"".to_vec(), b"not JSON".to_vec(), b"\xff\xfe\x00binary".to_vec(), b"null".to_vec(), b"[]".to_vec(),
             b"{}".to_vec(), b"{\"topic\":\"x\"}".to_vec(), b"{\"message\":\"\xff\"}".to_vec(), deep,

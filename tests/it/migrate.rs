@@ -205,9 +205,11 @@ fn seen(delivery: &Delivery) -> Seen {
 struct Contents {
     queues: BTreeMap<String, Vec<Seen>>,
     delayed: BTreeSet<Seen>,
-    /// Dead letters: id, origin, reason, attempts, time, body.
-    dead: BTreeMap<String, Vec<(String, String, String, u32, i64, Vec<u8>)>>,
+    dead: BTreeMap<String, Vec<SeenDead>>,
 }
+
+/// A dead letter: id, origin, reason, attempts, time, body.
+type SeenDead = (String, String, String, u32, i64, Vec<u8>);
 
 /// The broker's own count is believed, but for inboxes when it is known what should be in them: RabbitMQ counts what is
 /// delayed to the second.
@@ -485,14 +487,12 @@ async fn killed_after(mut command: Command, lines: usize) -> bool {
 
 /// Runs it until it is done, killed over and over; fails when it was not killed often enough to mean anything.
 async fn done_in_spite_of_kills(command: impl Fn() -> Command) {
-    let mut kills = 0;
     // At the beginning, then later and later.
-    for lines in [1, 2, 3, 4, 6, 9, 13, 19, 28, 42, 63, 95, 142] {
+    for (kills, lines) in [1, 2, 3, 4, 6, 9, 13, 19, 28, 42, 63, 95, 142].into_iter().enumerate() {
         if killed_after(command(), lines).await {
             assert!(kills >= 4, "it was killed {kills} times only");
             return;
         }
-        kills += 1;
     }
     panic!("it comes to no end");
 }
