@@ -150,6 +150,14 @@ pub enum MigrateError {
         /// How many.
         routers: u32,
     },
+    /// Somebody reads a queue by AMQP, and may hold messages of it.
+    #[error("queue {queue} is being consumed on {place}: stop the clients that read RabbitMQ directly, then try again")]
+    Consumed {
+        /// Which.
+        queue: String,
+        /// Where.
+        place: String,
+    },
     /// Someone's queue who is no client.
     #[error("queue {0} belongs to no client of the registry: empty it or delete it, then try again")]
     Stranger(String),
@@ -339,10 +347,12 @@ impl Mover<'_> {
         resumed: Option<Phase>,
         tell: &mut impl FnMut(Event<'_>),
     ) -> Result<Summary, MigrateError> {
-        let routers = ends.amqp.routers_at_work().await?;
-        if routers > 0 {
+        if let Some((shelf, consumers)) = ends.amqp.consumed(!ends.to_amqp).await? {
             let place = if ends.to_amqp { self.to.clone() } else { self.from.clone() };
-            return Err(MigrateError::RouterAtWork { place, routers });
+            return Err(match shelf {
+                Shelf::Queue(Queue::Publish) => MigrateError::RouterAtWork { place, routers: consumers },
+                shelf => MigrateError::Consumed { queue: shelf.to_string(), place },
+            });
         }
         let waiting = ends.source().shelves().await?;
         let messages = waiting.iter().map(|(_, messages)| messages).sum();

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use backbone::broker::{Queue, Target};
+use backbone::broker::{PullMode, Queue, Target};
 use backbone::client::ClientId;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
@@ -151,8 +151,9 @@ async fn play(env: &BrokerEnv, acts: &[Act]) -> Inboxes {
 /// Topic and body of everything in an inbox, in order.
 async fn drained(env: &BrokerEnv, id: &ClientId) -> Vec<String> {
     let depth = env.depths(id).await.inbox;
-    let all = env.drain(id).await;
-    assert_eq!(all.len() as u64, depth, "{id} counts what it has");
+    let all = env.pull_exactly(id, usize::try_from(depth).expect("fits"), PullMode::Auto).await;
+    let more = env.drain(id).await;
+    assert!(more.is_empty(), "{id} counts {depth} messages and has {} more", more.len());
     let line = |pulled: &backbone::broker::Pulled| {
         let topic = pulled.message.topic.as_ref().map_or("everyone", |topic| topic.as_str());
         format!("{topic} {}", String::from_utf8_lossy(pulled.message.body()))

@@ -225,6 +225,18 @@ impl Shared {
         }
     }
 
+    /// Somebody else has deleted this queue: declares it again. When that follows at once, RabbitMQ may not tell those
+    /// who consume it (3.10, quorum queues), so they begin anew.
+    pub(super) async fn restore_queue(&self, queue: &Queue) {
+        log::warn!("queue {queue} was deleted by somebody else; it is declared again");
+        let client = self.clients.owner(queue);
+        self.repair(client.as_deref()).await;
+        let consumers = client.map_or_else(|| self.consumers_of(&queue.to_string()), |client| client.consumers());
+        for core in consumers.into_iter().filter(|core| core.queue == *queue) {
+            core.resubscribe();
+        }
+    }
+
     /// After an error of a consumer: declares its queue again when that was the reason.
     pub(super) async fn repair_queue(&self, queue: &Queue, error: &lapin::Error) {
         match fault_of(error) {
@@ -318,6 +330,8 @@ impl Shared {
             Err(error) if error.kind == BrokerErrorKind::NotFound => {
                 log::warn!("a queue of {id} was deleted by somebody else; it is declared again");
                 self.repair(Some(&client)).await;
+                // Which one it was is not known.
+                client.consumers().iter().for_each(|core| core.resubscribe());
                 self.count_all(&client).await
             }
             counted => counted,

@@ -213,6 +213,14 @@ impl ConsumerCore {
         }
     }
 
+    /// Begins the subscription anew, at a queue that was deleted and is there again.
+    pub(super) fn resubscribe(&self) {
+        let mut state = self.state.lock();
+        self.unsubscribe(&mut state);
+        drop(state);
+        self.wake();
+    }
+
     /// Ends the subscription to begin another, and keeps what it has brought. Returns what will have been on its way.
     fn renew(&self, state: &mut State) -> Option<Rest> {
         let subscription = state.subscription.take()?;

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -126,7 +126,7 @@ async fn append(
         if is_last || refusals.iter().any(|(_, why)| !matches!(why, Refusal::Unroutable)) {
             return Err(refused(action, why, &name));
         }
-        shared.repair(shared.clients.owner(queue).as_deref()).await;
+        shared.restore_queue(queue).await;
         left = refusals.into_iter().map(|(one, _)| one).collect();
     }
     unreachable!("the last round returns")
@@ -139,14 +139,19 @@ impl Shared {
         if count == 0 {
             return Vec::new();
         }
+        let began = Instant::now();
         let (sender, fates) = tokio::sync::oneshot::channel();
         // Nobody may wait for it any more; it is published all the same.
         let handed = lane.send(messages, Box::new(|fates| drop(sender.send(fates)))).await;
         drop(turn);
-        match handed {
+        let fates = match handed {
             Ok(()) => fates.await.unwrap_or_else(|_| vec![Err(Refusal::Closed); count]),
             Err(why) => vec![Err(why); count],
+        };
+        if fates.iter().all(Result::is_ok) {
+            self.telemetry.metrics.commit_latency.observe(began.elapsed().as_secs_f64());
         }
+        fates
     }
 
     /// Puts a message among those that found no way.

@@ -357,10 +357,9 @@ pub(super) async fn acknowledge_and_flush(shared: &Shared, held: Vec<Held>) -> R
 pub(super) fn note_delivered(shared: &Shared, client: &ClientId, held: &[Held]) {
     shared.memory.note_gone(held.iter().map(|held| held.key));
     shared.telemetry.metrics.delivered.inc_by(held.len() as u64);
-    if shared.telemetry.traces.is_on() {
-        for message in held.iter().filter_map(|held| held.payload.message()) {
-            shared.telemetry.traces.record(message, Step::Delivered(client.clone()));
-        }
+    // Latencies and rates come from it as well, whether or not ways are kept.
+    for message in held.iter().filter_map(|held| held.payload.message()) {
+        shared.telemetry.traces.record(message, Step::Delivered(client.clone()));
     }
 }
 
@@ -403,11 +402,9 @@ fn note_routed(shared: &Shared, target: Target, message: &SharedMessage) {
         (Target::Topic, None) => return,
         (Target::Publish | Target::Broadcast, _) => {
             metrics.routed.inc_by(shared.clients.len() as u64);
-            if traces.is_on() {
-                for client in shared.clients.all() {
-                    traces.record(message, Step::Routed(client.id.clone(), None));
-                }
-            }
+            let named = if traces.is_on() { shared.clients.all() } else { Vec::new() };
+            let named = named.iter().map(|client| (client.id.clone(), None));
+            traces.record_routed(message, shared.clients.len(), named);
             return;
         }
     };
@@ -417,10 +414,9 @@ fn note_routed(shared: &Shared, target: Target, message: &SharedMessage) {
         metrics.unrouted.inc();
         traces.record(message, Step::Unrouted);
     }
-    if traces.is_on() {
-        for (client, pattern) in inboxes {
-            traces.record(message, Step::Routed(client, Some(pattern)));
-        }
+    if !inboxes.is_empty() {
+        let named = inboxes.into_iter().map(|(client, pattern)| (client, Some(pattern)));
+        traces.record_routed(message, named.len(), named);
     }
 }
 
@@ -494,7 +490,10 @@ impl Shared {
             // It is declared before the next one is delayed.
             return session.forget_retries();
         }
-        let is_internal = !outgoing.exchange.as_str().is_empty() || outgoing.key.as_str() == topology::PUBLISH;
+        if outgoing.exchange.as_str().is_empty() && outgoing.key.as_str() == topology::PUBLISH {
+            return self.restore_queue(&Queue::Publish).await;
+        }
+        let is_internal = !outgoing.exchange.as_str().is_empty();
         log::warn!("queue {} was deleted by somebody else; it is declared again", target_of(outgoing));
         self.repair(client.filter(|_| !is_internal)).await;
     }

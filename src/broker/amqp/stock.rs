@@ -45,6 +45,10 @@ const AT_ONCE: usize = 16;
 /// How long RabbitMQ may be away, or refuse everything, before the move is given up.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long RabbitMQ may take to notice that a process is gone. After a cut network it takes longer, and the move is
+/// refused until then.
+const GONE_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Time between two attempts.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -97,15 +101,46 @@ impl AmqpStock {
         Ok(all.join(","))
     }
 
-    /// How many consume `soar-publish`: routers at work on this RabbitMQ.
+    /// Waits until nobody consumes `soar-publish`, or, of a source, any of the queues: whoever does may hold messages,
+    /// which are seen only when they are back. What a process that was killed held is back when RabbitMQ has noticed.
+    /// Returns a queue that is consumed all the same, and by how many.
     ///
     /// # Errors
     /// When RabbitMQ cannot be asked.
-    pub async fn routers_at_work(&self) -> Result<u32, BrokerError> {
-        let action = "see whether a router is at work";
-        let session = self.shared().session(action)?;
-        let found = session.control(async |channel| topology::look_at(channel, topology::PUBLISH).await).await;
-        found.map(|(_, consumers)| consumers).map_err(|error| broker_error(action, error))
+    pub async fn consumed(&self, is_source: bool) -> Result<Option<(Shelf, u32)>, BrokerError> {
+        let mut shelves = vec![Shelf::Queue(Queue::Publish)];
+        if is_source {
+            shelves.extend(self.all_shelves().await?);
+        }
+        let until = Instant::now() + GONE_PATIENCE;
+        loop {
+            let looked_at = futures_util::stream::iter(shelves).map(|shelf| async move {
+                let (_, consumers) = self.look_at(&shelf.to_string()).await?;
+                Ok::<_, BrokerError>((shelf, consumers))
+            });
+            let mut consumed: Vec<(Shelf, u32)> = looked_at.buffered(AT_ONCE).try_collect().await?;
+            consumed.retain(|(_, consumers)| *consumers > 0);
+            if consumed.is_empty() || Instant::now() >= until {
+                return Ok(consumed.into_iter().next());
+            }
+            shelves = consumed.into_iter().map(|(shelf, _)| shelf).collect();
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Every shelf that there may be.
+    async fn all_shelves(&self) -> Result<Vec<Shelf>, BrokerError> {
+        let retries = state::retries(&self.shared().db).await;
+        let retries = retries.map_err(|error| db_error("see which retry queues there are", error))?;
+        // First, since what is due while this runs goes from them into the inboxes.
+        let mut shelves: Vec<Shelf> = retries.into_iter().map(Shelf::Retry).collect();
+        for id in &self.clients {
+            let queues = [Queue::Outbox(id.clone()), Queue::Notify(id.clone()), Queue::Inbox(id.clone())];
+            shelves.extend(queues.map(Shelf::Queue));
+            shelves.push(Shelf::Dead(id.clone()));
+        }
+        shelves.extend([Queue::Publish, Queue::Unrouted].map(Shelf::Queue));
+        Ok(shelves)
     }
 
     /// Waits until what was on its way from a retry queue to an inbox is there.
@@ -131,12 +166,12 @@ impl AmqpStock {
         }
     }
 
-    /// Messages that are ready in a queue; none when it is not there.
-    async fn count(&self, name: &str) -> Result<u64, BrokerError> {
+    /// Messages that are ready in a queue, and how many consume it; none when it is not there.
+    async fn look_at(&self, name: &str) -> Result<(u64, u32), BrokerError> {
         let action = || format!("count queue {name}");
         let session = self.shared().session(&action())?;
-        match session.control(async |channel| topology::count(channel, name).await).await {
-            Err(error) if fault_of(&error) == Fault::NotFound => Ok(0),
+        match session.control(async |channel| topology::look_at(channel, name).await).await {
+            Err(error) if fault_of(&error) == Fault::NotFound => Ok((0, 0)),
             counted => counted.map_err(|error| broker_error(action(), error)),
         }
     }
@@ -392,19 +427,8 @@ impl Batch for AmqpBatch {
 #[async_trait]
 impl Stock for AmqpStock {
     async fn shelves(&self) -> Result<Vec<(Shelf, u64)>, BrokerError> {
-        let mut shelves = Vec::new();
-        let retries = state::retries(&self.shared().db).await;
-        let retries = retries.map_err(|error| db_error("see which retry queues there are", error))?;
-        // First, since what is due while this runs goes from them into the inboxes.
-        shelves.extend(retries.into_iter().map(Shelf::Retry));
-        for id in &self.clients {
-            let queues = [Queue::Outbox(id.clone()), Queue::Notify(id.clone()), Queue::Inbox(id.clone())];
-            shelves.extend(queues.map(Shelf::Queue));
-            shelves.push(Shelf::Dead(id.clone()));
-        }
-        shelves.extend([Queue::Publish, Queue::Unrouted].map(Shelf::Queue));
-        let counted = futures_util::stream::iter(shelves).map(|shelf| async move {
-            let messages = self.count(&shelf.to_string()).await?;
+        let counted = futures_util::stream::iter(self.all_shelves().await?).map(|shelf| async move {
+            let (messages, _) = self.look_at(&shelf.to_string()).await?;
             Ok::<_, BrokerError>((shelf, messages))
         });
         let counted: Vec<(Shelf, u64)> = counted.buffered(AT_ONCE).try_collect().await?;

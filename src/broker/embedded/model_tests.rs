@@ -870,7 +870,7 @@ impl World {
             tokio::task::yield_now().await;
         }
         let copy = tempfile::tempdir().expect("a directory");
-        for name in ["backbone.db", "backbone.db-wal"] {
+        for name in ["backbone.db-wal", "backbone.db"] {
             let from = self.directory.path().join(name);
             if from.exists() {
                 std::fs::copy(&from, copy.path().join(name)).expect("copies");

@@ -31,9 +31,12 @@ pub(super) struct Receiver {
     serving: AbortHandle,
 }
 
+/// Called with the body of each request.
+type Seen = dyn Fn(&[u8]);
+
 struct State {
     secret: RefCell<Option<SigningSecret>>,
-    seen: Box<dyn Fn(&[u8])>,
+    seen: Box<Seen>,
     checked: Cell<u64>,
     wrong: RefCell<Option<String>>,
 }

@@ -2,12 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use reqwest::Method;
 use rustix::process::Signal;
 
 use super::Scene;
+use crate::support::TestApp;
 use crate::support::rabbitmq::Node;
-use crate::support::{TestApp, eventually};
 
 /// How long an alarm lasts, and a hang.
 const LONG: Duration = Duration::from_secs(10);
@@ -51,7 +50,7 @@ queue_type_tests! {
         node.ctl(&["start_app"]).await;
         println!("start_app: messages flow after {:?}", scene.flows("after start_app").await);
 
-        close_all_connections(&node).await;
+        node.ctl(&["close_all_connections", "--global", "an operator closes them"]).await;
         println!("closed connections: messages flow after {:?}", scene.flows("after its connections were closed").await);
 
         node.ctl(&["set_vm_memory_high_watermark", "absolute", "1MB"]).await;
@@ -66,27 +65,4 @@ queue_type_tests! {
         scene.finish().await;
         node.kill();
     }
-}
-
-/// Closes every connection by the management API, as an operator does in a browser.
-async fn close_all_connections(node: &Node) {
-    // The management database is filled every few seconds.
-    let names = eventually("the management API lists the connections", crate::support::wait::SOON, async || {
-        let connections = node.manage(Method::GET, "connections?columns=name", None).await;
-        let names: Vec<String> =
-            connections.as_array()?.iter().filter_map(|c| c["name"].as_str()).map(escaped).collect();
-        (names.len() >= 5).then_some(names)
-    })
-    .await;
-    println!("the router has {} connections", names.len());
-    for name in names {
-        node.manage(Method::DELETE, &format!("connections/{name}"), None).await;
-    }
-}
-
-/// For a path of the management API.
-fn escaped(name: &str) -> String {
-    name.bytes()
-        .map(|byte| if byte.is_ascii_alphanumeric() { char::from(byte).to_string() } else { format!("%{byte:02X}") })
-        .collect()
 }

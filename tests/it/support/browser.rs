@@ -348,6 +348,7 @@ impl Drop for Browser {
 }
 
 /// Starts the driver on a port that it finds, and tells which.
+#[expect(clippy::zombie_processes, reason = "who has it waits for it; when it never listens the test ends")]
 fn start_driver() -> (Child, u16) {
     let mut command = Command::new(DRIVER);
     command.arg("--port=0").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());

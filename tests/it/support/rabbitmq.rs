@@ -84,6 +84,11 @@ fn own_address() -> Ipv4Addr {
     Ipv4Addr::new(127, (a | 3) ^ 1, b, c)
 }
 
+/// The Erlang name of the node at an address: epmd, which nodes of a cluster share, knows them by what is before the `@`.
+fn name_at(address: Ipv4Addr) -> String {
+    format!("rabbit-{:08x}@{address}", u32::from(address))
+}
+
 /// A RabbitMQ node. Dropped, it is killed.
 pub(crate) struct Node {
     address: Ipv4Addr,
@@ -149,7 +154,7 @@ impl Node {
 
     /// Its Erlang name.
     pub(crate) fn name(&self) -> String {
-        format!("rabbit@{}", self.address)
+        name_at(self.address)
     }
 
     /// Where it takes AMQP connections.
@@ -383,11 +388,12 @@ impl Cluster {
         // The first forms a cluster of its own; the others find it in their configuration, and join it as they start.
         let mut nodes: Vec<Node> = Vec::new();
         for address in addresses {
-            let peer = nodes.first().map_or_else(|| format!("rabbit@{address}"), Node::name);
+            let own = name_at(address);
+            let peer = nodes.first().map_or_else(|| own.clone(), Node::name);
             let peers = format!(
                 "cluster_formation.peer_discovery_backend = classic_config\n\
                  cluster_formation.classic_config.nodes.1 = {peer}\n\
-                 cluster_formation.classic_config.nodes.2 = rabbit@{address}\n\
+                 cluster_formation.classic_config.nodes.2 = {own}\n\
                  cluster_formation.randomized_startup_delay_range.min = 0\n\
                  cluster_formation.randomized_startup_delay_range.max = 1\n"
             );
