@@ -7,6 +7,7 @@ use futures_util::StreamExt as _;
 
 use super::clients::Client;
 use super::error::{Fault, broker_error, db_error, fault_of, with_cause};
+use super::lane::Outgoing;
 use super::seal::Own;
 use super::session::Session;
 use super::{Shared, state, topology};
@@ -147,6 +148,7 @@ impl Shared {
             None => Ok(()),
         };
         let fail = |error| broker_error(&action, error);
+        self.detach_inbox(&session, &id).await.map_err(fail)?;
         session.control(async |channel| topology::delete_client(channel, &id).await).await.map_err(fail)?;
         let now_s = Timestamp::now().as_millis().div_euclid(1000);
         let last_due = state::last_due(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
@@ -160,6 +162,31 @@ impl Shared {
         without_user?;
         state::forget_client(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
         self.clients.remove(&id);
+        Ok(())
+    }
+
+    /// Takes an inbox that is about to be deleted out of the exchanges, and waits until whatever was routed to it before
+    /// has arrived. A channel that puts its first message into a quorum queue while that is being deleted is ended by
+    /// RabbitMQ 3.10 with 541, and its connection with it: one client's deletion would disturb all.
+    async fn detach_inbox(&self, session: &Session, id: &ClientId) -> Result<(), lapin::Error> {
+        let (wanted, unwanted) = self.clients.get(id).map(|client| client.patterns()).unwrap_or_default();
+        let inbox = topology::inbox(id);
+        let unbound = session
+            .control(async |channel| {
+                topology::unbind(channel, &inbox, topology::BROADCAST, "").await?;
+                let patterns = wanted.iter().chain(&unwanted);
+                let unbinds = patterns.map(|p| topology::unbind(channel, &inbox, topology::TOPIC, p.as_str()));
+                futures_util::future::try_join_all(unbinds).await
+            })
+            .await;
+        match unbound {
+            Err(error) if fault_of(&error) != Fault::NotFound => return Err(error),
+            // Gone already, with its bindings.
+            Ok(_) | Err(_) => {}
+        }
+        // A channel works in order: when it has confirmed this one, it has put all before it into their queues.
+        let barriers = self.relay.iter().map(|lane| self.publish_on(lane, vec![Outgoing::to_nowhere()], None::<()>));
+        futures_util::future::join_all(barriers).await;
         Ok(())
     }
 

@@ -23,6 +23,7 @@ use super::error::{Fault, fault_of};
 use super::link::{Link, wait_up};
 use super::runtime::AmqpThread;
 use super::session::{Role, Session};
+use super::wire::short;
 
 /// Messages that may be on their way to a confirm, on one channel.
 const WINDOW_MESSAGES: usize = 1024;
@@ -48,6 +49,17 @@ pub(super) struct Outgoing {
     pub(super) properties: BasicProperties,
     /// Its body.
     pub(super) body: Bytes,
+}
+
+/// No queue has this name.
+const NOWHERE: &str = "soar-probe";
+
+impl Outgoing {
+    /// One that no queue takes: it is confirmed when all before it on its channel is where it belongs.
+    pub(super) fn to_nowhere() -> Self {
+        let properties = BasicProperties::default();
+        Self { exchange: short(""), key: short(NOWHERE), properties, body: Bytes::new() }
+    }
 }
 
 /// Why a message was not published.
@@ -360,8 +372,8 @@ impl Window {
 /// Publishes and waits for the confirm.
 fn publish(flight: u64, channel: Arc<Channel>, message: Outgoing) -> Confirm {
     Box::pin(async move {
-        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let Outgoing { exchange, key, properties, body } = message;
+        let options = BasicPublishOptions { mandatory: key.as_str() != NOWHERE, ..BasicPublishOptions::default() };
         let result = match channel.basic_publish(exchange, key, options, &body, properties).await {
             Ok(confirm) => confirm.await,
             Err(error) => Err(error),
