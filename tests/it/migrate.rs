@@ -290,7 +290,7 @@ const CLIENTS: [&str; 3] = ["alpha", "beta", "gamma"];
 
 /// Fills every kind of queue. Returns when the delayed messages are due.
 async fn fill(house: &House) -> i64 {
-    let limits = Limits { send_per_s: None, max_inbox_messages: Some(5000), inbox_ttl_s: Some(3600) };
+    let limits = Limits { send_per_s: None, max_inbox_messages: Some(5000), inbox_ttl_s: None };
     house
         .register(&[
             ("alpha", &["a.*"], limits.clone()),

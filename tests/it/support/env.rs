@@ -320,7 +320,9 @@ impl BrokerEnv {
     pub(crate) async fn pull_exactly(&self, client: &ClientId, count: usize, mode: PullMode) -> Vec<Pulled> {
         let mut all = Vec::new();
         while all.len() < count {
-            let more = self.pull(client, count - all.len(), super::wait::SOON, mode).await;
+            // As many as the API hands over at most.
+            let most = (count - all.len()).min(1000);
+            let more = self.pull(client, most, super::wait::SOON, mode).await;
             assert!(!more.is_empty(), "{} of {count} messages came", all.len());
             all.extend(more);
         }
