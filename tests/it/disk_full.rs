@@ -53,7 +53,7 @@ impl Drop for SmallDisk {
     }
 }
 
-broker_tests! {
+embedded_tests! {
     async fn a_full_disk_refuses_senders_and_loses_nothing(kind: &mut BrokerKind) {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let Some(disk) = SmallDisk::mount(directory.path(), 48) else { return };

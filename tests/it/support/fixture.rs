@@ -124,6 +124,15 @@ macro_rules! queue_type_tests {
     };
 }
 
+/// Makes each `async fn name(x: &mut SomeFixture)` a test on the embedded broker alone: for what is about the router's own
+/// disk, on which no message lies when there is RabbitMQ. Once in a file.
+macro_rules! embedded_tests {
+    ($( $(#[$meta:meta])* async fn $name:ident($env:ident: &mut $fixture:ty) $body:block )*) => {
+        $( $(#[$meta])* async fn $name($env: &mut $fixture) $body )*
+        broker_tests!(@on embedded Embedded [$($name: $fixture,)*]);
+    };
+}
+
 /// Makes each `async fn name(x: &mut SomeFixture)` a test on RabbitMQ with either type of queues. Once in a file.
 macro_rules! rabbitmq_tests {
     ($( $(#[$meta:meta])* async fn $name:ident($env:ident: &mut $fixture:ty) $body:block )*) => {
