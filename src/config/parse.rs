@@ -11,7 +11,7 @@ use super::{BrokerChoice, Config, QueueType, TlsFiles};
 use crate::token::TokenSecret;
 
 /// Variables that the command line reads, not the server: known, so not worth a warning.
-const COMMAND_LINE_VARIABLES: [&str; 3] = ["SOAR_URL", "SOAR_CLIENT_ID", "SOAR_CLIENT_SECRET"];
+const COMMAND_LINE_VARIABLES: [&str; 4] = ["SOAR_URL", "SOAR_CLIENT_ID", "SOAR_CLIENT_SECRET", "SOAR_WEBHOOK_SECRET"];
 
 /// Longest message that can be configured, in bytes. A request may be 16 times as long and must fit into memory;
 /// RabbitMQ takes bodies of up to 128 MiB (16 MiB from 4.0 on, unless configured).
