@@ -32,7 +32,7 @@ const HELD_BYTES: usize = 16 << 20;
 const HELD_MIN: usize = 16;
 
 /// How long a message is taken to be before one was seen, in bytes: long, so that the first batch cannot be too much.
-const SIZE_AT_FIRST: usize = 128 << 10;
+const SIZE_AT_FIRST: usize = 256 << 10;
 
 /// Time before a failed subscription is tried again; doubled up to the second.
 const RETRY_MIN: Duration = Duration::from_millis(50);
@@ -300,13 +300,12 @@ impl AmqpConsumer {
         u16::try_from(asked.min(fitting)).expect("it was bounded")
     }
 
-    /// Whether RabbitMQ is to be told anew: when hardly any may be held although more are asked for, and when less fits by
-    /// far. Otherwise handing out less is enough. It does not grow with what fits: on a quorum queue a consumer that is
-    /// made anew in full flow can be handed what lies behind before what the one before gave back.
+    /// Whether RabbitMQ is to be told anew: when more may be held, and when less fits by far. Otherwise
+    /// handing out less is enough, and a consumer that comes and goes with every change of sizes helps nobody.
     fn is_unfit(&self, current: u16) -> bool {
         let wanted = self.wanted();
         let asked = self.core.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
-        let is_more = wanted > current && usize::from(current) < HELD_MIN;
+        let is_more = wanted > current && (u32::from(wanted) == asked || wanted / 2 >= current);
         is_more || wanted <= current / 4 && u32::from(current) <= asked
     }
 

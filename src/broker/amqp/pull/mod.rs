@@ -204,6 +204,10 @@ impl Puller {
     fn look(&self, max: usize) -> View {
         let mut inner = self.inner.lock();
         self.take_in(&mut inner, None);
+        // What is taken is acknowledged, and makes room: RabbitMQ would hand out more to the consumer that is ending.
+        if matches!(inner.phase, Phase::Ending(_)) {
+            return View::None;
+        }
         if inner.store.waiting() >= max {
             return View::Complete;
         }

@@ -126,12 +126,12 @@ impl Puller {
         let prefetch = prefetch(&inner);
         let is_short = match &inner.phase {
             // Too few for a pull, and RabbitMQ gives no more on this one: because leases take up its prefetch, or
-            // because it was meant for smaller pulls.
+            // because it was meant for smaller pulls. While it is not full it brings whatever there is; and to end it
+            // then would cost the order, as RabbitMQ gives back by itself, in front of all, what is on its way.
             Phase::Subscribed(subscription) => {
-                let has = usize::from(subscription.prefetch);
                 inner.pulls > 0
                     && inner.store.waiting() < inner.wanted.min(usize::from(prefetch))
-                    && (inner.store.outstanding() >= has || has < usize::from(prefetch))
+                    && inner.store.outstanding() >= usize::from(subscription.prefetch)
             }
             _ => false,
         };
