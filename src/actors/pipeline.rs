@@ -1,19 +1,20 @@
 //! The pipeline: what forwarder, broadcaster and publisher have in common.
 //!
-//! Consumes one queue in batches, lets its [`Stage`] decide each delivery, and settles the batch before it looks at the
-//! next, so that order holds. Receives [`Control`]; tells the registry when it is at work and when it waits.
+//! Consumes one queue in batches, lets its [`Stage`] decide each delivery, and settles the batches in the order in which
+//! they came, so that order holds. A batch does not wait until the one before is safe at its target: how many are on
+//! their way is bounded. Receives [`Control`]; tells the registry when it is at work and when it waits.
 //!
 //! A crash loses nothing: unsettled deliveries go back to their queue. A batch that cannot be settled (the broker is
-//! away, or blocked) ends the consumer, so that all that was prefetched goes back as well and comes again in order;
-//! the queue is consumed anew after a backoff.
+//! away, or blocked) ends the consumer, so that all that was prefetched goes back as well and comes again in order; the
+//! queue is consumed anew after a backoff. A stop, and a new consumer, wait for what is on its way: nothing overtakes it.
 
-use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use actix::prelude::*;
-use futures_util::stream;
+use futures_util::{StreamExt as _, stream};
+use tokio::sync::oneshot;
 
 use super::{ChildNews, Control, Identity, Shared, supervision};
 use crate::broker::{self, BrokerError, BrokerErrorKind, Consumer, Delivery, Outcome, Queue};
@@ -24,6 +25,9 @@ const PREFETCH: u32 = 1024;
 /// Deliveries that are settled in one go. Smaller than the prefetch, so that the broker fetches the next batch
 /// meanwhile.
 const BATCH_MAX: usize = 256;
+
+/// Batches that may be on their way to their target at once.
+const BATCHES_AT_ONCE: usize = 8;
 
 /// Attempts after which the backoff grows no more, so that a pipeline is back soon after a broker that was away long:
 /// the seventh wait is 6.4 s.
@@ -40,18 +44,30 @@ pub(super) trait Stage: Unpin + 'static {
 
 /// An actor that moves messages from a queue on.
 pub(super) struct Pipeline<S> {
-    stage: S,
+    stage: Rc<S>,
     shared: Arc<Shared>,
     identity: Identity,
     /// Failures since a batch was last settled.
     failures: u32,
-    /// Ends the present consumer's stream before its next batch.
-    give_up: Rc<Cell<bool>>,
+    /// There is a consumer, or batches of it are on their way.
+    is_attached: bool,
+    /// While it is there, the consumer is asked for more.
+    goes_on: Option<oneshot::Sender<()>>,
+    /// Told to stop while it was attached.
+    is_stopping: bool,
 }
 
 impl<S: Stage> Pipeline<S> {
     pub(super) fn new(stage: S, shared: Arc<Shared>, identity: Identity) -> Self {
-        Self { stage, shared, identity, failures: 0, give_up: Rc::default() }
+        Self {
+            stage: Rc::new(stage),
+            shared,
+            identity,
+            failures: 0,
+            is_attached: false,
+            goes_on: None,
+            is_stopping: false,
+        }
     }
 
     fn connect(&mut self, ctx: &mut Context<Self>) {
@@ -70,18 +86,14 @@ impl<S: Stage> Pipeline<S> {
     }
 
     fn attach(&mut self, consumer: Consumer, ctx: &mut Context<Self>) {
-        self.give_up = Rc::default();
-        let give_up = Rc::clone(&self.give_up);
-        let batches = stream::unfold(consumer, move |mut consumer| {
-            let give_up = give_up.get();
-            async move {
-                if give_up {
-                    return None;
-                }
-                consumer.next(BATCH_MAX).await.map(|batch| (Batch(batch), consumer))
-            }
+        let (goes_on, given_up) = oneshot::channel();
+        (self.is_attached, self.goes_on) = (true, Some(goes_on));
+        let batches = stream::unfold(consumer, |mut consumer| async move {
+            consumer.next(BATCH_MAX).await.map(|batch| (batch, consumer))
         });
-        ctx.add_stream(batches);
+        let stage = Rc::clone(&self.stage);
+        let settled = batches.take_until(given_up).map(move |batch| settle(&*stage, batch)).buffered(BATCHES_AT_ONCE);
+        ctx.add_stream(settled.map(Settled));
         self.shared.report_ready(&self.identity);
     }
 
@@ -94,6 +106,8 @@ impl<S: Stage> Pipeline<S> {
 
     fn settled(&mut self, result: Result<(), BrokerError>) {
         match result {
+            // What became of the others that were on their way with a failed batch says nothing new.
+            _ if self.goes_on.is_none() => {}
             Ok(()) if self.failures == 0 => {}
             Ok(()) => {
                 log::info!("{} is at work again", self.identity);
@@ -101,7 +115,7 @@ impl<S: Stage> Pipeline<S> {
             }
             Err(error) => {
                 self.log_failure("settle", &error);
-                self.give_up.set(true);
+                self.goes_on = None;
             }
         }
     }
@@ -138,29 +152,39 @@ impl<S: Stage> Handler<Control> for Pipeline<S> {
     type Result = ();
 
     fn handle(&mut self, control: Control, ctx: &mut Self::Context) {
-        control.obey(&self.identity, ctx);
+        if control == Control::Stop && self.is_attached {
+            (self.is_stopping, self.goes_on) = (true, None);
+        } else {
+            control.obey(&self.identity, ctx);
+        }
     }
 }
 
-/// What the consumer hands out at once.
-struct Batch(Vec<Delivery>);
+/// Decides a batch and hands it over.
+fn settle<S: Stage>(stage: &S, batch: Vec<Delivery>) -> impl Future<Output = Result<(), BrokerError>> + use<S> {
+    let decided = batch.into_iter().map(|delivery| {
+        let outcome = stage.decide(&delivery);
+        (delivery, outcome)
+    });
+    broker::settle(decided.collect())
+}
 
-impl<S: Stage> StreamHandler<Batch> for Pipeline<S> {
-    fn handle(&mut self, Batch(deliveries): Batch, ctx: &mut Self::Context) {
-        let outcomes = deliveries
-            .into_iter()
-            .map(|delivery| {
-                let outcome = self.stage.decide(&delivery);
-                (delivery, outcome)
-            })
-            .collect();
-        // While this waits, neither the stream nor the mailbox is looked at: the next batch follows in order, and a
-        // stop comes after what was begun.
-        ctx.wait(broker::settle(outcomes).into_actor(self).map(|result, this, _| this.settled(result)));
+/// What became of a batch.
+struct Settled(Result<(), BrokerError>);
+
+impl<S: Stage> StreamHandler<Settled> for Pipeline<S> {
+    fn handle(&mut self, Settled(result): Settled, _: &mut Self::Context) {
+        self.settled(result);
     }
 
-    /// The queue was deleted, the broker closed, or a batch could not be settled.
+    /// The queue was deleted, the broker closed, a batch could not be settled, or it is to stop; and nothing is on its
+    /// way any more.
     fn finished(&mut self, ctx: &mut Self::Context) {
-        self.reconnect_later(ctx);
+        (self.is_attached, self.goes_on) = (false, None);
+        if self.is_stopping {
+            ctx.stop();
+        } else {
+            self.reconnect_later(ctx);
+        }
     }
 }

@@ -103,6 +103,10 @@ impl Shared {
         let action = format!("bind queue {}", topology::inbox(&id));
         let session = self.session(&action)?;
         let client = self.clients.get(&id).ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, &action))?;
+        let _turn = client.take_admin_turn().await;
+        if client.is_gone() {
+            return Err(BrokerError::new(BrokerErrorKind::NotFound, action));
+        }
         let unwanted = state::note_bindings(&self.db, &id, &patterns).await;
         let unwanted = unwanted.map_err(|error| db_error(&action, error))?;
         self.clients.set_patterns(&client, patterns, unwanted);
@@ -138,10 +142,16 @@ impl Shared {
     /// See [`crate::broker::Broker::delete_client`].
     pub(super) async fn delete_client(self: &Arc<Self>, id: ClientId) -> Result<(), BrokerError> {
         let action = format!("delete the queues of {id}");
-        let session = self.session(&action)?;
-        if let Some(client) = self.clients.get(&id) {
+        // What is on its way to the inbox is waited for; nothing would arrive.
+        let session = self.open_session(&action)?;
+        let client = self.clients.get(&id);
+        if let Some(client) = &client {
             client.end();
         }
+        let _turn = match &client {
+            Some(client) => Some(client.take_admin_turn().await),
+            None => None,
+        };
         // First, so that it cannot write any more. When that cannot be done now, everything else is all the same.
         let without_user = match &self.users {
             Some(users) => users.remove(&id).await,
@@ -185,7 +195,7 @@ impl Shared {
             Ok(_) | Err(_) => {}
         }
         // A channel works in order: when it has confirmed this one, it has put all before it into their queues.
-        let barriers = self.relay.iter().map(|lane| self.publish_on(lane, vec![Outgoing::to_nowhere()], None::<()>));
+        let barriers = self.relay.iter().map(|lane| self.publish_on(lane, vec![Outgoing::to_nowhere()]));
         futures_util::future::join_all(barriers).await;
         Ok(())
     }
@@ -222,6 +232,10 @@ impl Shared {
 
     /// Declares a known client again.
     async fn declare_again(&self, session: &Session, client: &Client) -> Result<(), lapin::Error> {
+        let _turn = client.take_admin_turn().await;
+        if client.is_gone() {
+            return Ok(());
+        }
         self.declare_queues(session, &client.id).await?;
         self.make_bindings(session, client).await
     }
@@ -231,7 +245,6 @@ impl Shared {
         let Ok(session) = self.session("declare again") else { return };
         let kind = self.options.queue_type;
         match client {
-            Some(client) if client.is_gone() => {}
             Some(client) => match self.declare_again(&session, client).await {
                 Ok(()) => client.is_well(),
                 Err(error) if fault_of(&error) == Fault::Connection => {

@@ -13,9 +13,15 @@ use crate::time::Timestamp;
 /// How often old ids and past delays are forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(5);
 
-/// Clients whose things are declared again in a second, one after the other: what was deleted by somebody else, and
-/// nothing else shows, is back after a round.
+/// Clients whose things are declared again in a second at most, one after the other: what was deleted by somebody else,
+/// and nothing else shows, is back after a round.
 const AUDITS_PER_SECOND: u32 = 5;
+
+/// How long a round takes at least.
+const AUDIT_ROUND: Duration = Duration::from_secs(30);
+
+/// How often deliveries are looked at that RabbitMQ waits for.
+const REFRESH_EVERY: Duration = Duration::from_secs(60);
 
 /// Runs until the broker is closed.
 pub(super) async fn run(shared: Arc<Shared>) {
@@ -25,7 +31,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
         () = sweep(&shared) => {}
         () = forget(&shared) => {}
         () = audit(&shared) => {}
-        () = mend(&shared) => {}
+        () = refresh(&shared) => {}
         () = users::keep(&shared) => {}
     }
 }
@@ -63,6 +69,7 @@ async fn audit(shared: &Arc<Shared>) {
     let mut ticks = every(Duration::from_secs(1) / AUDITS_PER_SECOND);
     let mut link = shared.link.subscribe();
     loop {
+        let begun = Instant::now();
         for client in shared.clients.all() {
             ticks.tick().await;
             if wait_up(&mut link).await.is_none() {
@@ -70,24 +77,18 @@ async fn audit(shared: &Arc<Shared>) {
             }
             shared.repair(Some(&client)).await;
         }
-        ticks.tick().await;
+        tokio::time::sleep_until(begun + AUDIT_ROUND).await;
     }
 }
 
-/// Declares the backbone's own things again when one was found missing.
-async fn mend(shared: &Arc<Shared>) {
-    let mut link = shared.link.subscribe();
+/// RabbitMQ closes a channel, under all consumers that share it, when a delivery is not settled within half an hour.
+async fn refresh(shared: &Arc<Shared>) {
+    let mut ticks = every(REFRESH_EVERY);
     loop {
-        let Some(session) = wait_up(&mut link).await else { return };
-        tokio::select! {
-            () = session.suspected() => {
-                log::warn!("an exchange was deleted by somebody else; it is declared again");
-                let begun = Instant::now();
-                shared.repair(None).await;
-                // Not in a tight loop, should that not help.
-                tokio::time::sleep_until(begun + Duration::from_secs(1)).await;
-            }
-            _ = link.changed() => {}
+        ticks.tick().await;
+        shared.standing_consumers().iter().for_each(|core| core.refresh());
+        for client in shared.clients.all() {
+            client.consumers().iter().for_each(|core| core.refresh());
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::consumer::ConsumerCore;
 use super::link::Told;
@@ -37,6 +37,8 @@ pub(super) struct Client {
     puller: Mutex<Option<Arc<Puller>>>,
     /// What the log was told of trouble with its queues.
     told: Mutex<Told>,
+    /// Declaring, binding and deleting take turns: none undoes what another has done meanwhile.
+    admin_turn: Semaphore,
     /// Looking at dead letters, replaying and purging take turns.
     pub(super) dead_turn: Semaphore,
 }
@@ -56,6 +58,7 @@ impl Client {
             consumers: Mutex::default(),
             puller: Mutex::default(),
             told: Mutex::default(),
+            admin_turn: Semaphore::new(1),
             dead_turn: Semaphore::new(1),
         }
     }
@@ -113,6 +116,11 @@ impl Client {
     pub(super) fn end(&self) {
         self.gone.store(true, Ordering::Release);
         self.wake();
+    }
+
+    /// Waits for the turn to change what RabbitMQ has of it.
+    pub(super) async fn take_admin_turn(&self) -> SemaphorePermit<'_> {
+        self.admin_turn.acquire().await.expect("the semaphore is never closed")
     }
 
     /// Wakes its consumers and its pulls, to look again at what has changed.
@@ -251,19 +259,20 @@ impl Clients {
         self.all.write().remove(id);
     }
 
-    /// The clients whose patterns match, each once, with the first pattern that does.
-    pub(super) fn matching(&self, topic: &str) -> Vec<(ClientId, Pattern)> {
+    /// How many clients have patterns that match; and the first `most` of them, each with the first pattern that does.
+    pub(super) fn matching(&self, topic: &str, most: usize) -> (usize, Vec<(ClientId, Pattern)>) {
         let patterns = self.patterns.read();
         let mut found: Vec<(u32, Pattern)> = Vec::new();
         patterns.trie.for_each_match(topic, |pattern, number| found.push((number, pattern.clone())));
-        found.sort_by_key(|(number, _)| *number);
+        found.sort_unstable_by_key(|(number, _)| *number);
         found.dedup_by_key(|(number, _)| *number);
         let name = |(number, pattern)| Some((patterns.names.get(&number)?.clone(), pattern));
-        found.into_iter().filter_map(name).collect()
+        (found.len(), found.into_iter().filter_map(name).take(most).collect())
     }
 
-    /// How many there are.
-    pub(super) fn len(&self) -> usize {
-        self.all.read().len()
+    /// How many clients there are, and some of them.
+    pub(super) fn first(&self, most: usize) -> (usize, Vec<ClientId>) {
+        let all = self.all.read();
+        (all.len(), all.keys().take(most).cloned().collect())
     }
 }

@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
@@ -17,8 +17,9 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 
 use super::Shared;
 use super::clients::Client;
-use super::held::Held;
+use super::held::{HELD_FOR_MAX, Held};
 use super::intake::{IntakeChannel, Left, Subscription};
+use super::lane::Broken;
 use super::link::wait_up;
 use super::settle;
 use crate::broker::{BrokerError, Consume, Delivery, Queue, Settle, Settlement};
@@ -29,10 +30,12 @@ const PREFETCH_MAX: u32 = u16::MAX as u32;
 /// Bytes that a consumer should hold at most, and messages that it may hold however long they are. A prefetch counts
 /// messages; without this a backlog of long ones would be in memory a thousand at a time.
 const HELD_BYTES: usize = 16 << 20;
-const HELD_MIN: usize = 16;
+const HELD_MIN: usize = 4;
 
 /// How long a message is taken to be before one was seen, in bytes: long, so that the first batch cannot be too much.
+/// Longest where AMQP clients write, to whom no limit of ours applies.
 const SIZE_AT_FIRST: usize = 256 << 10;
+const FOREIGN_SIZE_AT_FIRST: usize = 1 << 20;
 
 /// Time before a failed subscription is tried again; doubled up to the second.
 const RETRY_MIN: Duration = Duration::from_millis(50);
@@ -60,17 +63,43 @@ pub(super) struct ConsumerCore {
 #[derive(Default)]
 struct State {
     subscription: Option<Subscription>,
+    /// What the subscription before had on its way.
+    rest: Option<Rest>,
     /// Whether it may keep what comes back: until it is paused or dropped.
     is_open: bool,
     /// Handed to this process, not to anybody in it, in the order in which it came.
     buffer: VecDeque<Held>,
     /// Handed out and not settled.
     unsettled: HashMap<u64, Held>,
+    /// Being moved on: settled, and not acknowledged yet.
+    moving: usize,
     next_place: u64,
     next_tag: u64,
+    order: Order,
+}
+
+/// What keeps later deliveries from being forwarded before an earlier one that could not be.
+#[derive(Clone, Default)]
+pub(super) struct Order {
+    /// Set once such a one is on its way back.
+    pub(super) broken: Broken,
+    /// The first tag that is handed out after it.
+    from: u64,
+}
+
+impl Order {
+    /// Whether the delivery was handed out since the last one came back that could not be forwarded.
+    pub(super) fn covers(&self, tag: u64) -> bool {
+        tag >= self.from
+    }
 }
 
 impl State {
+    /// What RabbitMQ has handed out and waits for.
+    fn outstanding(&self) -> usize {
+        self.buffer.len() + self.unsettled.len() + self.moving
+    }
+
     /// A delivery has come.
     fn arrive(&mut self, held: Held) {
         self.buffer.push_back(Held { place: self.next_place, ..held });
@@ -102,7 +131,7 @@ impl ConsumerCore {
         self.take_in(&mut state, None);
         // Looking has taken the place of whoever waits for deliveries; it has to look again.
         self.wake();
-        Ok((ready, (state.buffer.len() + state.unsettled.len()) as u64))
+        Ok((ready, state.outstanding() as u64))
     }
 
     /// Takes what RabbitMQ has handed over into the buffer. Returns false when the subscription has ended.
@@ -117,7 +146,7 @@ impl ConsumerCore {
                     self.arrive(state, delivery, &channel);
                 }
                 Poll::Ready(Some(Err(_)) | None) => return false,
-                Poll::Pending => return true,
+                Poll::Pending => return subscription.channel.is_alive(),
             }
         }
     }
@@ -147,7 +176,7 @@ impl ConsumerCore {
             state.buffer.retain(|held| held.channel.is_alive());
         }
         let prefetch = self.prefetch.load(Ordering::Relaxed) as usize;
-        let room = prefetch.saturating_sub(state.unsettled.len());
+        let room = prefetch.saturating_sub(state.unsettled.len() + state.moving);
         let count = max.min(room).min(state.buffer.len());
         let me = if count > 0 { self.me.upgrade() } else { None };
         let Some(me) = me else { return Vec::new() };
@@ -167,6 +196,20 @@ impl ConsumerCore {
     /// What was handed out under this tag, taken out of what is unsettled.
     pub(super) fn take(&self, tag: u64) -> Option<Held> {
         self.state.lock().unsettled.remove(&tag)
+    }
+
+    /// The present order.
+    pub(super) fn order(&self) -> Order {
+        self.state.lock().order.clone()
+    }
+
+    /// Gives messages back that could not go on; nothing that was handed out behind them goes on before them.
+    pub(super) fn return_failed(&self, held: impl IntoIterator<Item = Held>) {
+        let mut state = self.state.lock();
+        state.order.broken.store(true, Ordering::Relaxed);
+        state.order = Order { broken: Broken::default(), from: state.next_tag };
+        drop(state);
+        self.return_handed(held);
     }
 
     /// Room was made.
@@ -205,12 +248,33 @@ impl ConsumerCore {
     fn unsubscribe(&self, state: &mut State) {
         let shared = &self.shared;
         state.is_open = false;
-        let outstanding = state.buffer.len() + state.unsettled.len();
-        let buffer = state.buffer.drain(..);
+        let outstanding = state.outstanding();
+        let buffer = std::mem::take(&mut state.buffer);
         match state.subscription.take() {
             Some(subscription) => shared.end_subscription(&self.queue, subscription, buffer, outstanding, None),
-            None => buffer.for_each(|held| shared.give_back(&held)),
+            None => shared.give_back_in_turn(&self.queue, buffer, state.rest.take()),
         }
+    }
+
+    /// Gives everything back when something has not been settled for long: in its old order, as what comes behind may
+    /// not be handed out first. Whoever settles it later does so in vain.
+    pub(super) fn refresh(&self) {
+        let now = Instant::now();
+        let is_old = |held: &Held| now.duration_since(held.since) > HELD_FOR_MAX;
+        let mut state = self.state.lock();
+        let old: Vec<u64> = state.unsettled.iter().filter(|(_, held)| is_old(held)).map(|(tag, _)| *tag).collect();
+        if old.is_empty() && !state.buffer.front().is_some_and(is_old) {
+            return;
+        }
+        for tag in old {
+            if let Some(mut held) = state.unsettled.remove(&tag) {
+                held.before += 1;
+                state.put_back(held);
+            }
+        }
+        self.unsubscribe(&mut state);
+        drop(state);
+        self.wake();
     }
 
     /// Begins the subscription anew, at a queue that was deleted and is there again.
@@ -221,13 +285,66 @@ impl ConsumerCore {
         self.wake();
     }
 
-    /// Ends the subscription to begin another, and keeps what it has brought. Returns what will have been on its way.
-    fn renew(&self, state: &mut State) -> Option<Rest> {
-        let subscription = state.subscription.take()?;
+    /// The prefetch to ask RabbitMQ for.
+    fn wanted(&self) -> u16 {
+        let asked = self.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
+        let size = match self.average_size.load(Ordering::Relaxed) {
+            0 if matches!(self.queue, Queue::Outbox(_) | Queue::Notify(_)) => FOREIGN_SIZE_AT_FIRST,
+            0 => SIZE_AT_FIRST,
+            size => size,
+        };
+        let fitting = HELD_BYTES / size;
+        let fitting = u32::try_from(fitting.max(HELD_MIN)).unwrap_or(PREFETCH_MAX);
+        u16::try_from(asked.min(fitting)).expect("it was bounded")
+    }
+
+    /// Whether RabbitMQ is to be told anew: when more may be held, and when less fits by far. Otherwise
+    /// handing out less is enough, and a consumer that comes and goes with every change of sizes helps nobody.
+    fn is_unfit(&self, current: u16) -> bool {
+        let wanted = self.wanted();
+        let asked = self.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
+        let is_more = wanted > current && (u32::from(wanted) == asked || wanted / 2 >= current);
+        is_more || wanted <= current / 4 && u32::from(current) <= asked
+    }
+
+    /// Begins the subscription anew when another prefetch fits better, and it has all that it may have. Otherwise RabbitMQ
+    /// may be handing out more, would give that back by itself when the consumer is cancelled, and the next one would be
+    /// handed what is behind.
+    fn renew_if_unfit(&self, state: &mut State) {
+        let Some(current) = state.subscription.as_ref().map(|subscription| subscription.prefetch) else { return };
+        if !self.is_unfit(current) {
+            return;
+        }
+        self.take_in(state, None);
+        if state.outstanding() >= usize::from(current) {
+            self.renew(state);
+        }
+    }
+
+    /// To be called before deliveries are acknowledged: a consumer that settles as fast as it can is full at no other
+    /// time.
+    pub(super) fn about_to_acknowledge(&self) {
+        self.renew_if_unfit(&mut self.state.lock());
+    }
+
+    /// So many more deliveries are being moved on.
+    pub(super) fn begin_moving(&self, count: usize) {
+        self.state.lock().moving += count;
+    }
+
+    /// They are settled.
+    pub(super) fn end_moving(&self, count: usize) {
+        self.state.lock().moving -= count;
+        self.changed.notify_one();
+    }
+
+    /// Ends the subscription to begin another, and keeps what it has brought.
+    fn renew(&self, state: &mut State) {
+        let Some(subscription) = state.subscription.take() else { return };
         let channel = Arc::clone(&subscription.channel);
         let (sender, rest) = oneshot::channel();
         self.shared.intake(&self.queue).end(&self.shared.thread, subscription, Left::Kept(sender));
-        Some((channel, rest))
+        state.rest = Some((channel, rest));
     }
 
     fn has_ended(&self) -> bool {
@@ -252,12 +369,12 @@ impl Settle for ConsumerCore {
 }
 
 /// What an ended subscription had on its way, when that is known; and where it came.
-type Rest = (Arc<IntakeChannel>, oneshot::Receiver<Vec<lapin::message::Delivery>>);
+pub(super) type Rest = (Arc<IntakeChannel>, oneshot::Receiver<Vec<lapin::message::Delivery>>);
 
 /// See the module.
 pub(super) struct AmqpConsumer {
     core: Arc<ConsumerCore>,
-    /// What the subscription before had on its way.
+    /// What the subscription before had on its way, taken out of the state.
     rest: Option<Rest>,
     /// The answer to a subscription that is under way: kept here, so that nothing is lost when `next` is dropped.
     pending: Option<oneshot::Receiver<Result<Subscription, lapin::Error>>>,
@@ -286,27 +403,6 @@ impl AmqpConsumer {
             None => core.shared.add_consumer(&core),
         }
         Self { core, rest: None, pending: None, failures: 0, was_cancelled: false }
-    }
-
-    /// The prefetch to ask RabbitMQ for.
-    fn wanted(&self) -> u16 {
-        let asked = self.core.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
-        let size = match self.core.average_size.load(Ordering::Relaxed) {
-            0 => SIZE_AT_FIRST,
-            size => size,
-        };
-        let fitting = HELD_BYTES / size;
-        let fitting = u32::try_from(fitting.max(HELD_MIN)).unwrap_or(PREFETCH_MAX);
-        u16::try_from(asked.min(fitting)).expect("it was bounded")
-    }
-
-    /// Whether RabbitMQ is to be told anew: when more may be held, and when less fits by far. Otherwise
-    /// handing out less is enough, and a consumer that comes and goes with every change of sizes helps nobody.
-    fn is_unfit(&self, current: u16) -> bool {
-        let wanted = self.wanted();
-        let asked = self.core.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
-        let is_more = wanted > current && (u32::from(wanted) == asked || wanted / 2 >= current);
-        is_more || wanted <= current / 4 && u32::from(current) <= asked
     }
 
     /// Subscribes, or waits for what is in the way of that. Safe to drop.
@@ -348,7 +444,7 @@ impl AmqpConsumer {
                 shared.repair(core.client.as_deref()).await;
                 self.was_cancelled = false;
             }
-            self.pending = shared.intake(&core.queue).subscribe(&core.name, self.wanted()).await;
+            self.pending = shared.intake(&core.queue).subscribe(&core.name, self.core.wanted()).await;
         }
         let Some(pending) = &mut self.pending else { return };
         let answer = tokio::select! {
@@ -407,20 +503,16 @@ impl Consume for AmqpConsumer {
                 self.core.unsubscribe(&mut state);
                 return None;
             }
-            let wanted = self.wanted();
+            let wanted = self.core.wanted();
             let subscribed = {
                 let mut state = self.core.state.lock();
-                let current = state.subscription.as_ref().map(|subscription| subscription.prefetch);
                 if wanted == 0 {
                     self.core.unsubscribe(&mut state);
-                } else if let Some(current) = current.filter(|current| self.is_unfit(*current)) {
-                    // Only when it has all that it may have. Otherwise RabbitMQ may be handing out more, would give that
-                    // back by itself when the consumer is cancelled, and the next one would be handed what is behind.
-                    self.core.take_in(&mut state, None);
-                    if state.buffer.len() + state.unsettled.len() >= usize::from(current) {
-                        self.rest = self.core.renew(&mut state);
-                    }
+                } else {
+                    self.core.renew_if_unfit(&mut state);
                 }
+                // A subscription that ended meanwhile has left something.
+                self.rest = self.rest.take().or_else(|| state.rest.take());
                 state.subscription.is_some()
             };
             if wanted == 0 && self.pending.is_none() && self.rest.is_none() {
@@ -441,16 +533,8 @@ impl Consume for AmqpConsumer {
 
 impl Drop for AmqpConsumer {
     fn drop(&mut self) {
-        if let Some((channel, mut rest)) = self.rest.take() {
-            rest.close();
-            if let Ok(rest) = rest.try_recv() {
-                let mut state = self.core.state.lock();
-                for delivery in rest {
-                    self.core.arrive(&mut state, delivery, &channel);
-                }
-            }
-        }
         let mut state = self.core.state.lock();
+        state.rest = self.rest.take().or_else(|| state.rest.take());
         self.core.unsubscribe(&mut state);
         // One that is under way is ended by its channel's task when it finds nobody to give it to; but it may be here.
         if let Some(mut pending) = self.pending.take() {

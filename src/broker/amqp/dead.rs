@@ -78,6 +78,7 @@ impl Shared {
         ids: Option<Vec<String>>,
     ) -> Result<u64, BrokerError> {
         let action = format!("replay dead letters of {id}");
+        self.open_session(&action)?;
         let client = self.dead_of(&id, &action)?;
         let _turn = client.dead_turn.acquire().await;
         let mut wanted: Option<HashSet<String>> = ids.map(|ids| ids.into_iter().collect());
@@ -100,7 +101,7 @@ impl Shared {
                 }
             }
             let messages: Vec<Outgoing> = chosen.iter().map(|(_, dead)| self.revived(&id, dead)).collect();
-            let fates = self.publish_on(self.relay(&topology::inbox(&id)), messages, None::<()>).await;
+            let fates = self.publish_on(self.relay(&topology::inbox(&id)), messages).await;
             let mut refusal = None;
             let mut done = Vec::with_capacity(chosen.len());
             for ((tag, dead), fate) in chosen.into_iter().zip(fates) {

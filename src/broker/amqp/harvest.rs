@@ -75,7 +75,8 @@ impl<'a> Harvest<'a> {
         let (sender, ended) = tokio::sync::oneshot::channel();
         // What came too late is given back before the next chunk is asked for, so that order holds.
         let outstanding = chunk.len();
-        let left = Left::Back { first: Vec::new(), outstanding, note: Box::new(drop), ended: Some(sender) };
+        let left =
+            Left::Back { is_gone: false, first: Vec::new(), outstanding, note: Box::new(drop), ended: Some(sender) };
         self.intake.end(&self.shared.thread, subscription, left);
         let _ = ended.await;
         if !chunk.is_empty() {

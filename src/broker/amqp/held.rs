@@ -10,6 +10,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{Hash as _, Hasher as _};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use lapin::message::Delivery;
 use parking_lot::Mutex;
@@ -17,6 +18,10 @@ use parking_lot::Mutex;
 use super::intake::IntakeChannel;
 use super::wire::{self, Counts, Read, Trusted};
 use crate::broker::Payload;
+
+/// A delivery must not stay unacknowledged for RabbitMQ's 30 minutes (`consumer_timeout`), or its channel is closed under
+/// all who share it. It is given back after this, to come again.
+pub(super) const HELD_FOR_MAX: Duration = Duration::from_secs(20 * 60);
 
 /// Returned messages whose counts are remembered, and settled ones that are remembered as such.
 const REMEMBERED_MAX: usize = 100_000;
@@ -37,6 +42,8 @@ pub(super) struct Held {
     pub(super) key: u64,
     /// Its place among what its consumer was handed.
     pub(super) place: u64,
+    /// When it came.
+    pub(super) since: Instant,
     /// It was settled for good before, and RabbitMQ lost that.
     pub(super) is_gone: bool,
 }
@@ -57,7 +64,8 @@ impl Held {
         // Not only what is marked as redelivered: a classic queue that was killed may have lost the mark as well.
         let is_gone = memory.is_gone(key);
         let Read { payload, counts, .. } = read;
-        Self { payload, counts, before, channel: Arc::clone(channel), tag, key, place: 0, is_gone }
+        let channel = Arc::clone(channel);
+        Self { payload, counts, before, channel, tag, key, place: 0, since: Instant::now(), is_gone }
     }
 }
 

@@ -119,8 +119,10 @@ pub(super) struct Subscription {
 /// What becomes of what a subscription was handed and nobody took, when it ends.
 pub(super) enum Left {
     /// It goes back to the queue: these first, which were taken out of it and not settled; then what nobody looked at,
-    /// once that has been noted. `outstanding` were taken out and are not settled, these included.
+    /// once that has been noted. `outstanding` were taken out and are not settled, these included. When the queue is
+    /// about to be deleted, or was, their order is of no interest, and asking for it would close the channel.
     Back {
+        is_gone: bool,
         first: Vec<u64>,
         outstanding: usize,
         note: Box<dyn FnOnce(Vec<Delivery>) + Send>,
@@ -133,13 +135,30 @@ pub(super) enum Left {
 impl Left {
     /// Everything goes back; nobody has looked at anything.
     fn all() -> Self {
-        Self::Back { first: Vec::new(), outstanding: 0, note: Box::new(drop), ended: None }
+        Self::Back { is_gone: false, first: Vec::new(), outstanding: 0, note: Box::new(drop), ended: None }
     }
 }
 
 enum Command {
     Subscribe { queue: String, prefetch: u16, reply: oneshot::Sender<Result<Subscription, lapin::Error>> },
     End { subscription: Box<Subscription>, left: Left },
+    GiveBack(Box<GivenBack>),
+}
+
+/// What an ended subscription had brought and was kept, and is not wanted any more.
+pub(super) struct GivenBack {
+    /// The queue's name.
+    pub(super) queue: String,
+    /// The channel that it came on.
+    pub(super) channel: Arc<IntakeChannel>,
+    /// In order.
+    pub(super) first: Vec<u64>,
+    /// What comes behind that, and was not looked at.
+    pub(super) rest: Option<oneshot::Receiver<Vec<Delivery>>>,
+    /// Notes those.
+    pub(super) note: Box<dyn FnOnce(Vec<Delivery>) + Send>,
+    /// See [`Left::Back`].
+    pub(super) is_gone: bool,
 }
 
 /// How long the end of a subscription waits for what RabbitMQ may hand out still.
@@ -179,8 +198,17 @@ impl Intake {
 
     /// Ends a subscription.
     pub(super) fn end(&self, thread: &AmqpThread, subscription: Subscription, left: Left) {
+        self.tell(thread, Command::End { subscription: Box::new(subscription), left });
+    }
+
+    /// Gives back what a subscription had brought that was ended before.
+    pub(super) fn give_back(&self, thread: &AmqpThread, back: GivenBack) {
+        self.tell(thread, Command::GiveBack(Box::new(back)));
+    }
+
+    fn tell(&self, thread: &AmqpThread, command: Command) {
         let commands = self.commands.clone();
-        if let Err(error) = commands.try_send(Command::End { subscription: Box::new(subscription), left }) {
+        if let Err(error) = commands.try_send(command) {
             let (mpsc::error::TrySendError::Full(command) | mpsc::error::TrySendError::Closed(command)) = error;
             thread.spawn(async move {
                 // When the task is gone so are the channel and all its deliveries.
@@ -222,6 +250,19 @@ async fn run(
                 handle.spawn(async move {
                     let _turn = turn.begin().await;
                     end(*subscription, left).await;
+                });
+            }
+            Command::GiveBack(back) => {
+                let turn = turns.next(&back.queue);
+                handle.spawn(async move {
+                    let _turn = turn.begin().await;
+                    let GivenBack { queue, channel, first, rest, note, is_gone } = *back;
+                    let rest = match rest {
+                        // Its end was told before this, so it is there.
+                        Some(rest) => rest.await.unwrap_or_default(),
+                        None => Vec::new(),
+                    };
+                    give_back_all(&channel, &queue, first, rest, note, is_gone).await;
                 });
             }
         }
@@ -327,7 +368,7 @@ fn begin(
 async fn end(mut subscription: Subscription, left: Left) {
     let channel = Arc::clone(&subscription.channel);
     let mut rest = Vec::new();
-    if let Left::Back { outstanding, .. } = &left {
+    if let Left::Back { outstanding, is_gone: false, .. } = &left {
         gather(&mut subscription, *outstanding, &mut rest).await;
     }
     if channel.is_alive() {
@@ -342,15 +383,30 @@ async fn end(mut subscription: Subscription, left: Left) {
                 give_back(&channel, &subscription.queue, tags_of(&rest)).await;
             }
         }
-        Left::Back { first, note, ended, .. } => {
-            let tags = first.into_iter().chain(tags_of(&rest)).collect();
-            note(rest);
-            give_back(&channel, &subscription.queue, tags).await;
+        Left::Back { is_gone, first, note, ended, .. } => {
+            give_back_all(&channel, &subscription.queue, first, rest, note, is_gone).await;
             if let Some(ended) = ended {
                 // Who asked may be gone.
                 let _ = ended.send(());
             }
         }
+    }
+}
+
+async fn give_back_all(
+    channel: &IntakeChannel,
+    queue: &str,
+    first: Vec<u64>,
+    rest: Vec<Delivery>,
+    note: Box<dyn FnOnce(Vec<Delivery>) + Send>,
+    is_gone: bool,
+) {
+    let tags: Vec<u64> = first.into_iter().chain(tags_of(&rest)).collect();
+    note(rest);
+    if is_gone {
+        channel.give_back(tags);
+    } else {
+        give_back(channel, queue, tags).await;
     }
 }
 

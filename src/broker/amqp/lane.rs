@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::hash::{Hash as _, Hasher as _};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -81,8 +81,13 @@ pub(super) type Fate = Result<(), Refusal>;
 /// Called on the AMQP thread with the fate of each message of a batch, in order. Must not block.
 pub(super) type Done = Box<dyn FnOnce(Vec<Fate>) + Send>;
 
+/// Set when a message of a source could not be published. Those of its later batches that are not on their way yet are
+/// then refused, so that they do not overtake it.
+pub(super) type Broken = Arc<AtomicBool>;
+
 struct Job {
     messages: Vec<Outgoing>,
+    broken: Option<Broken>,
     done: Done,
 }
 
@@ -111,7 +116,12 @@ impl Lane {
     ///
     /// # Errors
     /// When the broker is closed.
-    pub(super) async fn send(&self, messages: Vec<Outgoing>, done: Done) -> Result<(), Refusal> {
+    pub(super) async fn send(
+        &self,
+        messages: Vec<Outgoing>,
+        broken: Option<Broken>,
+        done: Done,
+    ) -> Result<(), Refusal> {
         let permit = self.jobs.reserve().await.map_err(|_| Refusal::Closed)?;
         let pending = Arc::clone(&self.pending);
         pending.fetch_add(1, Ordering::AcqRel);
@@ -119,7 +129,7 @@ impl Lane {
             done(fates);
             pending.fetch_sub(1, Ordering::AcqRel);
         });
-        permit.send(Job { messages, done });
+        permit.send(Job { messages, broken, done });
         Ok(())
     }
 }
@@ -160,6 +170,9 @@ async fn run(role: Role, mut link: watch::Receiver<Link>, mut jobs: mpsc::Receiv
 }
 
 fn refuse(job: Job, why: &Refusal) {
+    if let Some(broken) = &job.broken {
+        broken.store(true, Ordering::Relaxed);
+    }
     (job.done)(vec![Err(why.clone()); job.messages.len()]);
 }
 
@@ -194,7 +207,9 @@ async fn serve(
                 if !channel.status().connected() {
                     break "it was closed";
                 }
-                if session.blocked().is_none() && window.is_stuck() {
+                if session.blocked().is_some() {
+                    window.wait_on();
+                } else if window.is_stuck() {
                     break "a confirm did not come";
                 }
             }
@@ -244,6 +259,7 @@ struct Flight {
 struct Batch {
     fates: Vec<Option<Fate>>,
     left: usize,
+    broken: Option<Broken>,
     done: Done,
 }
 
@@ -254,6 +270,11 @@ impl Window {
 
     fn has_room(&self) -> bool {
         self.flights.len() < WINDOW_MESSAGES && self.bytes < WINDOW_BYTES
+    }
+
+    /// While RabbitMQ takes no messages it confirms none; their time begins when it does.
+    fn wait_on(&mut self) {
+        self.flights.values_mut().for_each(|flight| flight.since = Instant::now());
     }
 
     fn is_stuck(&self) -> bool {
@@ -267,7 +288,8 @@ impl Window {
         }
         let number = self.next_batch;
         self.next_batch += 1;
-        self.batches.insert(number, Batch { fates: vec![None; count], left: count, done: job.done });
+        let batch = Batch { fates: vec![None; count], left: count, broken: job.broken, done: job.done };
+        self.batches.insert(number, batch);
         self.current = Some((number, 0, job.messages.into_iter()));
     }
 
@@ -281,6 +303,11 @@ impl Window {
             };
             let (batch, at) = (*batch, *index);
             *index += 1;
+            let is_broken = |batch: &Batch| batch.broken.as_ref().is_some_and(|it| it.load(Ordering::Relaxed));
+            if self.batches.get(&batch).is_some_and(is_broken) {
+                self.end(batch, at, Err(Refusal::Lost("one before it was not published".into())));
+                continue;
+            }
             let flight = self.next_flight;
             self.next_flight += 1;
             let what = identity(&message.exchange, &message.key, &message.properties);
@@ -341,8 +368,18 @@ impl Window {
     fn land(&mut self, flight: u64, fate: Fate) {
         let Some(flight) = self.flights.remove(&flight) else { return };
         self.bytes -= flight.bytes;
-        let std::collections::hash_map::Entry::Occupied(mut batch) = self.batches.entry(flight.batch) else { return };
-        batch.get_mut().fates[flight.index] = Some(fate);
+        self.end(flight.batch, flight.index, fate);
+    }
+
+    /// Notes the fate of one message of a batch, which is told when that was the last.
+    fn end(&mut self, batch: u64, index: usize, fate: Fate) {
+        let std::collections::hash_map::Entry::Occupied(mut batch) = self.batches.entry(batch) else { return };
+        // One that found no queue was judged; there is nothing to wait for.
+        if let (Err(Refusal::Refused | Refusal::Lost(_) | Refusal::Closed), Some(broken)) = (&fate, &batch.get().broken)
+        {
+            broken.store(true, Ordering::Relaxed);
+        }
+        batch.get_mut().fates[index] = Some(fate);
         batch.get_mut().left -= 1;
         if batch.get().left == 0 {
             let batch = batch.remove();
@@ -362,6 +399,9 @@ impl Window {
             }
         }
         for (_, batch) in self.batches.drain() {
+            if let Some(broken) = &batch.broken {
+                broken.store(true, Ordering::Relaxed);
+            }
             let lost = || Err(Refusal::Lost(why.into()));
             (batch.done)(batch.fates.into_iter().map(|fate| fate.unwrap_or_else(lost)).collect());
         }

@@ -75,7 +75,7 @@ use self::consumer::{AmqpConsumer, ConsumerCore};
 use self::dedup::Dedup;
 use self::error::db_error;
 use self::held::{Held, ReturnMemory};
-use self::intake::{Intake, Left, Subscription};
+use self::intake::{GivenBack, Intake, IntakeChannel, Left, Subscription};
 use self::lane::Lane;
 use self::link::Link;
 use self::management::Management;
@@ -145,8 +145,8 @@ struct Shared {
     /// Consumers of queues that belong to no client.
     consumers: Mutex<Vec<Weak<ConsumerCore>>>,
     ingress: Vec<Lane>,
+    /// The last one of each is for `soar-publish` alone.
     relay: Vec<Lane>,
-    /// The last one is for `soar-publish` alone.
     pipeline_intakes: Vec<Intake>,
     inbox_intakes: Vec<Intake>,
     /// For inboxes of clients that are set apart.
@@ -176,6 +176,15 @@ impl Shared {
     /// The present session.
     fn session(&self, action: &str) -> Result<Arc<Session>, BrokerError> {
         self.link.borrow().session(action)
+    }
+
+    /// The present session, in which messages can be published.
+    fn open_session(&self, action: &str) -> Result<Arc<Session>, BrokerError> {
+        let session = self.session(action)?;
+        match session.blocked() {
+            Some(why) => Err(BrokerError::new(BrokerErrorKind::Blocked, format!("{action}: {why}"))),
+            None => Ok(session),
+        }
     }
 
     fn set_link(&self, link: Link) {
@@ -217,7 +226,7 @@ impl Shared {
 
     /// The lane for what leaves this queue.
     fn relay(&self, queue: &str) -> &Lane {
-        &self.relay[share_of(queue, self.relay.len())]
+        &self.relay[if queue == topology::PUBLISH { LANES } else { share_of(queue, LANES) }]
     }
 
     /// The channel for consumers of this queue.
@@ -249,26 +258,67 @@ impl Shared {
         outstanding: usize,
         ended: Option<oneshot::Sender<()>>,
     ) {
-        let (shared, channel) = (Arc::clone(self), Arc::clone(&subscription.channel));
-        let (name, of) = (queue.to_string(), queue.clone());
-        let mut first = Vec::new();
+        let channel = Arc::clone(&subscription.channel);
+        let first = self.tags_on(&channel, buffer);
+        let note = self.note_of(queue, channel);
+        let left = Left::Back { is_gone: self.is_gone(queue), first, outstanding, note, ended };
+        self.intake(queue).end(&self.thread, subscription, left);
+    }
+
+    /// Gives back what a subscription had brought that was ended to begin another: its buffer, and then the rest.
+    fn give_back_in_turn(
+        self: &Arc<Self>,
+        queue: &Queue,
+        buffer: impl IntoIterator<Item = Held>,
+        rest: Option<consumer::Rest>,
+    ) {
+        let buffer: Vec<Held> = buffer.into_iter().collect();
+        let last = buffer.last().map(|held| Arc::clone(&held.channel));
+        let (channel, rest) = match rest {
+            Some((channel, rest)) => (Some(channel), Some(rest)),
+            None => (last, None),
+        };
+        let Some(channel) = channel else { return };
+        let first = self.tags_on(&channel, buffer);
+        let note = self.note_of(queue, Arc::clone(&channel));
+        let back = GivenBack { queue: queue.to_string(), channel, first, rest, note, is_gone: self.is_gone(queue) };
+        self.intake(queue).give_back(&self.thread, back);
+    }
+
+    /// Whether the queue is about to be deleted, or was.
+    fn is_gone(&self, queue: &Queue) -> bool {
+        let is_internal = matches!(queue, Queue::Publish | Queue::Unrouted);
+        !is_internal && self.clients.owner(queue).is_none_or(|client| client.is_gone())
+    }
+
+    /// Notes that these go back, and returns the tags of those that came on `channel`; others go back at once.
+    fn tags_on(&self, channel: &Arc<IntakeChannel>, buffer: impl IntoIterator<Item = Held>) -> Vec<u64> {
+        let mut tags = Vec::new();
         for held in buffer {
             // What came on an earlier channel went back with that.
-            if Arc::ptr_eq(&held.channel, &channel) {
+            if Arc::ptr_eq(&held.channel, channel) {
                 self.memory.note(held.key, held.before);
-                first.push(held.tag);
+                tags.push(held.tag);
             } else {
                 self.give_back(&held);
             }
         }
-        let note = move |left: Vec<lapin::message::Delivery>| {
+        tags
+    }
+
+    /// Notes that deliveries go back that nobody has looked at.
+    fn note_of(
+        self: &Arc<Self>,
+        queue: &Queue,
+        channel: Arc<IntakeChannel>,
+    ) -> Box<dyn FnOnce(Vec<lapin::message::Delivery>) + Send> {
+        let (shared, name, of) = (Arc::clone(self), queue.to_string(), queue.clone());
+        Box::new(move |left| {
             for delivery in left {
                 let held = Held::new(delivery, &channel, &name, shared.trusted(&of), &shared.memory);
                 shared.memory.note(held.key, held.before);
             }
-        };
-        let left = Left::Back { first, outstanding, note: Box::new(note), ended };
-        self.intake(queue).end(&self.thread, subscription, left);
+        })
     }
 
     /// Gives back one that nobody was handed.
@@ -283,15 +333,18 @@ impl Shared {
         consumers.push(Arc::downgrade(core));
     }
 
+    /// Consumers of queues that belong to no client.
+    fn standing_consumers(&self) -> Vec<Arc<ConsumerCore>> {
+        self.consumers.lock().iter().filter_map(Weak::upgrade).collect()
+    }
+
     /// Consumers of a queue that belongs to no client.
     fn consumers_of(&self, name: &str) -> Vec<Arc<ConsumerCore>> {
-        self.consumers.lock().iter().filter_map(Weak::upgrade).filter(|core| core.name == name).collect()
+        self.standing_consumers().into_iter().filter(|core| core.name == name).collect()
     }
 
     fn wake_all(&self) {
-        for core in self.consumers.lock().iter().filter_map(Weak::upgrade) {
-            core.wake();
-        }
+        self.standing_consumers().iter().for_each(|core| core.wake());
         for client in self.clients.all() {
             client.wake();
         }
@@ -329,14 +382,14 @@ async fn start(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<Sha
     let dedup = Dedup::open(db.clone(), options.dedup_window).await.map_err(|error| db_error(action, error))?;
     let thread = AmqpThread::start()?;
     let link = watch::Sender::new(Link::Down("not connected yet".into()));
-    let lanes = |role| (0..LANES).map(|_| Lane::start(&thread, role, link.subscribe())).collect();
+    let lanes = |role, count| (0..count).map(|_| Lane::start(&thread, role, link.subscribe())).collect();
     let intakes = |role, count| (0..count).map(|_| Intake::start(&thread, role, link.subscribe())).collect();
     let shared = Arc::new(Shared {
         trusted: addresses.trusted(),
         addresses,
         users,
-        ingress: lanes(Role::Ingress),
-        relay: lanes(Role::Relay),
+        ingress: lanes(Role::Ingress, LANES),
+        relay: lanes(Role::Relay, LANES + 1),
         pipeline_intakes: intakes(Role::Pipeline, PIPELINE_INTAKES + 1),
         inbox_intakes: intakes(Role::Inboxes, INBOX_INTAKES),
         apart_intake: Intake::start(&thread, Role::Inboxes, link.subscribe()),

@@ -9,7 +9,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::Shared;
 use super::dedup::{Fact, OwnId};
 use super::error::{db_error, unavailable};
-use super::lane::{Fate, Lane, Outgoing, Refusal};
+use super::lane::{Broken, Fate, Lane, Outgoing, Refusal};
 use super::settle::refused;
 use super::topology;
 use super::wire::{self, Counts, short};
@@ -17,8 +17,17 @@ use crate::broker::{BrokerError, BrokerErrorKind, Payload, Published, Queue};
 use crate::envelope::{Message, SharedMessage};
 use crate::telemetry::Step;
 
-/// How long a sender waits for RabbitMQ before it is told to come again.
+/// How long a sender waits for RabbitMQ before it is told to come again: this, and for long batches as long as a slow
+/// broker takes for so many messages and bytes. Less than an HTTP call may take.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
+const PUBLISH_TIMEOUT_MAX: Duration = Duration::from_secs(25);
+const SLOW_MESSAGES_PER_S: usize = 2000;
+const SLOW_KIB_PER_S: usize = 2 << 10;
+
+fn timeout_for(messages: usize, kib: usize) -> Duration {
+    let seconds = (messages / SLOW_MESSAGES_PER_S).max(kib / SLOW_KIB_PER_S);
+    (PUBLISH_TIMEOUT + Duration::from_secs(seconds as u64)).min(PUBLISH_TIMEOUT_MAX)
+}
 
 /// KiB of messages that may wait for their confirm: a sender beyond that waits for room.
 pub(super) const PENDING_KIB_MAX: usize = 64 << 10;
@@ -30,7 +39,7 @@ pub(super) async fn publish(
     messages: Vec<Message>,
 ) -> Result<Published, BrokerError> {
     let action = format!("append to queue {queue}");
-    let session = shared.session(&action)?;
+    let session = shared.open_session(&action)?;
     if shared.is_closing() {
         return Err(BrokerError::new(BrokerErrorKind::Closed, action));
     }
@@ -38,14 +47,12 @@ pub(super) async fn publish(
         return Err(BrokerError::new(BrokerErrorKind::NotFound, action));
     }
     let blocked = |why: &str| BrokerError::new(BrokerErrorKind::Blocked, format!("{action}: {why}"));
-    if let Some(why) = session.blocked() {
-        return Err(blocked(&why));
-    }
     let silent = || unavailable(format!("{action}: RabbitMQ gives no sign of life"));
-    let slow = || unavailable(format!("{action}: no confirm within {PUBLISH_TIMEOUT:?}"));
+    let kib = messages.iter().map(Message::size).sum::<usize>() / 1024 + 1;
+    let timeout = timeout_for(messages.len(), kib);
+    let slow = || unavailable(format!("{action}: no confirm within {timeout:?}"));
     let (mut alarms, mut silences) = (session.blocked_changes(), session.silences());
     let work = async {
-        let kib = messages.iter().map(Message::size).sum::<usize>() / 1024 + 1;
         let permits = u32::try_from(kib.min(PENDING_KIB_MAX)).expect("the bound fits");
         let room = Arc::clone(&shared.pending).acquire_many_owned(permits).await;
         let room = room.map_err(|_| BrokerError::new(BrokerErrorKind::Closed, &action))?;
@@ -54,7 +61,7 @@ pub(super) async fn publish(
     };
     tokio::select! {
         taken = work => taken,
-        () = tokio::time::sleep(PUBLISH_TIMEOUT) => Err(slow()),
+        () = tokio::time::sleep(timeout) => Err(slow()),
         // What was sent before the alarm is still confirmed; what was not waits until it is over, and nobody for it.
         Ok(why) = alarms.wait_for(Option::is_some) => Err(blocked(why.as_deref().unwrap_or("an alarm"))),
         Ok(_) = silences.wait_for(|silent| *silent) => Err(silent()),
@@ -110,17 +117,16 @@ async fn append(
     action: &str,
 ) -> Result<(), BrokerError> {
     let name = queue.to_string();
-    let mut left: Vec<Outgoing> = messages
-        .iter()
-        .map(|message| {
-            let payload = Payload::Message(Arc::clone(message));
-            let properties = wire::properties(&payload, Counts::fresh(), shared.user());
-            let body = wire::body(&payload);
-            Outgoing { exchange: topology::default_exchange(), key: short(&name), properties, body }
-        })
-        .collect();
+    let outgoing = |message: &SharedMessage| {
+        let payload = Payload::Message(Arc::clone(message));
+        let properties = wire::properties(&payload, Counts::fresh(), shared.user());
+        let body = wire::body(&payload);
+        Outgoing { exchange: topology::default_exchange(), key: short(&name), properties, body }
+    };
+    let mut left: Vec<&SharedMessage> = messages.iter().collect();
     for is_last in [false, true] {
-        let fates = shared.publish_on(shared.ingress(&name), left.clone(), None::<()>).await;
+        let batch = left.iter().map(|message| outgoing(message)).collect();
+        let fates = shared.publish_on(shared.ingress(&name), batch).await;
         let refusals: Vec<_> = left.into_iter().zip(fates).filter_map(|(one, fate)| Some((one, fate.err()?))).collect();
         let Some((_, why)) = refusals.first() else { return Ok(()) };
         if is_last || refusals.iter().any(|(_, why)| !matches!(why, Refusal::Unroutable)) {
@@ -133,8 +139,19 @@ async fn append(
 }
 
 impl Shared {
-    /// Publishes messages on a lane, and returns the fate of each. `turn` is given on as soon as they are in line.
-    pub(super) async fn publish_on(&self, lane: &Lane, messages: Vec<Outgoing>, turn: impl Send) -> Vec<Fate> {
+    /// Publishes messages on a lane, and returns the fate of each.
+    pub(super) async fn publish_on(&self, lane: &Lane, messages: Vec<Outgoing>) -> Vec<Fate> {
+        self.publish_in_turn(lane, messages, None, ()).await
+    }
+
+    /// Publishes messages that others of their source follow. `turn` is given on as soon as they are in line.
+    pub(super) async fn publish_in_turn(
+        &self,
+        lane: &Lane,
+        messages: Vec<Outgoing>,
+        broken: Option<Broken>,
+        turn: impl Send,
+    ) -> Vec<Fate> {
         let count = messages.len();
         if count == 0 {
             return Vec::new();
@@ -142,7 +159,7 @@ impl Shared {
         let began = Instant::now();
         let (sender, fates) = tokio::sync::oneshot::channel();
         // Nobody may wait for it any more; it is published all the same.
-        let handed = lane.send(messages, Box::new(|fates| drop(sender.send(fates)))).await;
+        let handed = lane.send(messages, broken, Box::new(|fates| drop(sender.send(fates)))).await;
         drop(turn);
         let fates = match handed {
             Ok(()) => fates.await.unwrap_or_else(|_| vec![Err(Refusal::Closed); count]),
@@ -158,6 +175,6 @@ impl Shared {
     pub(super) async fn keep_unrouted(&self, message: Outgoing) -> Fate {
         let message = Outgoing { exchange: short(topology::UNROUTED), key: short(""), ..message };
         self.telemetry.metrics.unrouted.inc();
-        self.publish_on(self.relay(topology::UNROUTED), vec![message], None::<()>).await.pop().unwrap_or(Ok(()))
+        self.publish_on(self.relay(topology::UNROUTED), vec![message]).await.pop().unwrap_or(Ok(()))
     }
 }

@@ -10,6 +10,7 @@
 //! RabbitMQ 4 has another Ra, which need not have this weakness; a seal costs a few milliseconds there as well.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use lapin::Channel;
 use parking_lot::Mutex;
@@ -22,6 +23,9 @@ use super::{state, topology};
 use crate::broker::BrokerError;
 use crate::client::ClientId;
 use crate::config::QueueType;
+
+/// How long a queue that may hold messages is asked for an answer before it is taken for one that will never give any.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
 
 type Waiter = oneshot::Sender<Result<(), BrokerError>>;
 
@@ -97,7 +101,7 @@ impl Shared {
         if state::is_sealed(&self.db, name).await.map_err(|error| db_error(action(), error))? {
             return Ok(());
         }
-        if !session.answers(name).await {
+        if !answers_soon(session, name).await {
             log::warn!("queue {name} does not answer since RabbitMQ was killed while it was made; it is made again");
             let again = session.control(async |channel| {
                 topology::delete_queue(channel, name).await?;
@@ -142,6 +146,18 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// Whether a queue answers within a minute: one that is there and has no leader for a moment may hold messages.
+async fn answers_soon(session: &Session, name: &str) -> bool {
+    let until = Instant::now() + ANSWERS_WITHIN;
+    while !session.answers(name).await {
+        if !session.is_alive() || Instant::now() >= until {
+            return !session.is_alive();
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    true
 }
 
 async fn make_seal(session: &Session) -> Result<(), BrokerError> {

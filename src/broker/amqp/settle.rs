@@ -1,10 +1,11 @@
 //! How deliveries end: what goes on is published and confirmed first, then acknowledged where it came from.
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use super::Shared;
-use super::consumer::ConsumerCore;
+use super::consumer::{ConsumerCore, Order};
 use super::dedup::{Claim, Fact, OwnId};
 use super::delay;
 use super::error::{broker_error, db_error, unavailable};
@@ -21,6 +22,7 @@ use crate::broker::{
 use crate::client::ClientId;
 use crate::envelope::SharedMessage;
 use crate::telemetry::Step;
+use crate::telemetry::traces::ROUTED_KEPT;
 use crate::time::Timestamp;
 
 /// Settles deliveries of one consumer, in order. Carried out even when the future is dropped.
@@ -28,12 +30,15 @@ pub(super) async fn settle(core: Arc<ConsumerCore>, settlements: Vec<Settlement>
     let mut done = Vec::new();
     let mut back = Vec::new();
     let mut moves = Vec::new();
+    let mut late = Vec::new();
+    let order = core.order();
     for Settlement { tag, outcome, .. } in settlements {
         // Not there: handed out by nobody, which the types do not allow.
         let Some(held) = core.take(tag) else { continue };
         match outcome {
             Outcome::Complete => done.push(held),
             Outcome::Requeue => back.push(held),
+            Outcome::Forward(..) if !order.covers(tag) => late.push(held),
             Outcome::Forward(target, message) => moves.push((held, Onward::Forward(target, message))),
             Outcome::Delay { delay, attempts } => moves.push((held, Onward::Delay { delay, attempts })),
             Outcome::Dead { reason, attempts } => moves.push((held, Onward::Dead { reason, attempts })),
@@ -44,16 +49,25 @@ pub(super) async fn settle(core: Arc<ConsumerCore>, settlements: Vec<Settlement>
     if let Queue::Inbox(client) = &core.queue {
         note_delivered(&core.shared, client, &done);
     }
-    let acked = acknowledge(done);
+    let all_go = acknowledge(&done) && late.is_empty();
+    // Something before them could not go on, and has come back meanwhile.
+    core.return_handed(late);
     core.settled();
     let moved = if moves.is_empty() {
         Ok(())
     } else {
         let shared = Arc::clone(&core.shared);
-        shared.thread.run(&action, move_on(core, moves)).await
+        let count = moves.len();
+        core.begin_moving(count);
+        let moved = async move {
+            let moved = move_on(&core, order, moves).await;
+            core.end_moving(count);
+            moved
+        };
+        shared.thread.run(&action, moved).await
     };
-    // The channel that they came on is gone; RabbitMQ hands them out again.
-    if acked { moved } else { moved.and(Err(unavailable(action))) }
+    // Or the channel that they came on is gone; RabbitMQ hands them out again.
+    if all_go { moved } else { moved.and(Err(unavailable(action))) }
 }
 
 /// Where a delivery goes.
@@ -67,44 +81,43 @@ enum Onward {
 struct Move {
     held: Held,
     onward: Onward,
-    outgoing: Outgoing,
     /// To be noted when it was routed.
     id: Option<OwnId>,
 }
 
-async fn move_on(core: Arc<ConsumerCore>, moves: Vec<(Held, Onward)>) -> Result<(), BrokerError> {
+async fn move_on(core: &Arc<ConsumerCore>, order: Order, moves: Vec<(Held, Onward)>) -> Result<(), BrokerError> {
     let shared = Arc::clone(&core.shared);
     let action = format!("settle deliveries of queue {}", core.name);
     // One batch after the other, in the order of the calls, until this one is in line.
     let turn = Arc::clone(&core.turn).acquire_owned().await;
     let (mut moves, lost): (Vec<_>, Vec<_>) = moves.into_iter().partition(|(held, _)| held.channel.is_alive());
     core.return_handed(lost.into_iter().map(|(held, _)| held));
-    if let Err(error) = prepare(&core, &moves).await {
-        core.return_handed(moves.drain(..).map(|(held, _)| held));
-        core.settled();
+    if let Err(error) = prepare(core, &moves).await {
+        core.return_failed(moves.drain(..).map(|(held, _)| held));
         return Err(error);
     }
-    let own_ids = match OwnIds::look_up(&core, &moves).await {
+    let own_ids = match OwnIds::look_up(core, &moves).await {
         Ok(own_ids) => own_ids,
         Err(error) => {
-            core.return_handed(moves.into_iter().map(|(held, _)| held));
-            core.settled();
+            core.return_failed(moves.into_iter().map(|(held, _)| held));
             return Err(error);
         }
     };
-    let (mut going, mut known, mut repeated) = (Vec::with_capacity(moves.len()), Vec::new(), Vec::new());
+    let (mut going, mut messages) = (Vec::with_capacity(moves.len()), Vec::with_capacity(moves.len()));
+    let (mut known, mut repeated) = (Vec::new(), Vec::new());
     for (index, (held, onward)) in moves.into_iter().enumerate() {
         match own_ids.verdict(index) {
             Verdict::Goes(id) => {
-                let outgoing = outgoing(&core, &held, &onward);
-                going.push(Move { held, onward, outgoing, id });
+                messages.push(outgoing(core, &held, &onward));
+                going.push(Move { held, onward, id });
             }
             Verdict::WasRouted => known.push(held),
             Verdict::Repeats(id) => repeated.push((id, held)),
         }
     }
-    let messages = going.iter().map(|one| one.outgoing.clone()).collect();
-    let fates = shared.publish_on(shared.relay(&core.name), messages, turn).await;
+    let forwards = going.iter().any(|one| matches!(one.onward, Onward::Forward(..)));
+    let broken = forwards.then_some(order.broken);
+    let fates = shared.publish_in_turn(shared.relay(&core.name), messages, broken, turn).await;
     let routed: Vec<OwnId> =
         going.iter().zip(&fates).filter_map(|(one, fate)| one.id.filter(|_| fate.is_ok())).collect();
     let (ended, unsure): (Vec<_>, Vec<_>) = repeated.into_iter().partition(|(id, _)| routed.contains(id));
@@ -118,9 +131,8 @@ async fn move_on(core: Arc<ConsumerCore>, moves: Vec<(Held, Onward)>) -> Result<
     }
     drop(own_ids);
     count_duplicates(&shared, &known);
-    let result = finish(&core, going, fates, &action).await;
+    let result = finish(core, going, fates, &action).await;
     let acked = acknowledge(known);
-    core.settled();
     if acked { result } else { result.and(Err(unavailable(action))) }
 }
 
@@ -274,29 +286,33 @@ fn origin(queue: &Queue) -> Option<(&ClientId, Origin)> {
 /// Acknowledges what went on, and gives back what did not.
 async fn finish(core: &ConsumerCore, moves: Vec<Move>, fates: Vec<Fate>, action: &str) -> Result<(), BrokerError> {
     let shared = &core.shared;
-    let (mut gone, mut back) = (Vec::with_capacity(moves.len()), Vec::new());
+    let (mut moved, mut back) = (Vec::with_capacity(moves.len()), Vec::new());
     let mut refusal = None;
     for (one, fate) in moves.into_iter().zip(fates) {
         let fate = match fate {
             // Nobody is there to hear a broadcast; it is kept with what found no way.
             Err(Refusal::Unroutable) if matches!(one.onward, Onward::Forward(Target::Broadcast, _)) => {
-                shared.keep_unrouted(one.outgoing.clone()).await
+                shared.keep_unrouted(outgoing(core, &one.held, &one.onward)).await
             }
             fate => fate,
         };
         match fate {
-            Ok(()) => {
-                note_moved(core, &one);
-                gone.push(one.held);
-            }
+            Ok(()) => moved.push(one),
             Err(why) => {
-                refusal = Some((why, one.outgoing));
+                refusal.get_or_insert_with(|| (why, outgoing(core, &one.held, &one.onward)));
                 back.push(one.held);
             }
         }
     }
-    core.return_handed(back);
-    let acked = acknowledge(gone);
+    if !back.is_empty() {
+        core.return_failed(back);
+    }
+    core.about_to_acknowledge();
+    // First this, as it makes room for more.
+    let acked = acknowledge(moved.iter().map(|one| &one.held));
+    for one in &moved {
+        note_moved(core, one);
+    }
     match refusal {
         Some((why, outgoing)) => {
             if matches!(why, Refusal::Unroutable) {
@@ -328,17 +344,18 @@ pub(super) fn refused(action: &str, why: &Refusal, target: &str) -> BrokerError 
 }
 
 /// Acknowledges deliveries. False when a channel is gone that some came on.
-pub(super) fn acknowledge(held: Vec<Held>) -> bool {
+pub(super) fn acknowledge(held: impl IntoIterator<Item: Borrow<Held>>) -> bool {
     // Each channel is told, whatever became of the others.
     by_channel(held).into_iter().fold(true, |all, (channel, mut tags)| channel.ack(&mut tags) && all)
 }
 
-fn by_channel(held: Vec<Held>) -> Vec<(Arc<IntakeChannel>, Vec<u64>)> {
+fn by_channel(held: impl IntoIterator<Item: Borrow<Held>>) -> Vec<(Arc<IntakeChannel>, Vec<u64>)> {
     let mut channels: Vec<(Arc<IntakeChannel>, Vec<u64>)> = Vec::with_capacity(1);
     for held in held {
+        let held = held.borrow();
         match channels.iter_mut().find(|(channel, _)| Arc::ptr_eq(channel, &held.channel)) {
             Some((_, tags)) => tags.push(held.tag),
-            None => channels.push((held.channel, vec![held.tag])),
+            None => channels.push((Arc::clone(&held.channel), vec![held.tag])),
         }
     }
     channels
@@ -401,22 +418,18 @@ fn note_routed(shared: &Shared, target: Target, message: &SharedMessage) {
         (Target::Topic, Some(topic)) => topic,
         (Target::Topic, None) => return,
         (Target::Publish | Target::Broadcast, _) => {
-            metrics.routed.inc_by(shared.clients.len() as u64);
-            let named = if traces.is_on() { shared.clients.all() } else { Vec::new() };
-            let named = named.iter().map(|client| (client.id.clone(), None));
-            traces.record_routed(message, shared.clients.len(), named);
-            return;
+            let (count, first) = shared.clients.first(if traces.is_on() { ROUTED_KEPT } else { 0 });
+            metrics.routed.inc_by(count as u64);
+            return traces.record_routed(message, count, first.into_iter().map(|id| (id, None)));
         }
     };
-    let inboxes = shared.clients.matching(topic.as_str());
-    metrics.routed.inc_by(inboxes.len() as u64);
-    if inboxes.is_empty() {
+    let (count, first) = shared.clients.matching(topic.as_str(), if traces.is_on() { ROUTED_KEPT } else { 0 });
+    metrics.routed.inc_by(count as u64);
+    if count == 0 {
         metrics.unrouted.inc();
         traces.record(message, Step::Unrouted);
-    }
-    if !inboxes.is_empty() {
-        let named = inboxes.into_iter().map(|(client, pattern)| (client, Some(pattern)));
-        traces.record_routed(message, named.len(), named);
+    } else {
+        traces.record_routed(message, count, first.into_iter().map(|(client, pattern)| (client, Some(pattern))));
     }
 }
 
@@ -424,7 +437,11 @@ fn note_routed(shared: &Shared, target: Target, message: &SharedMessage) {
 /// what its receiver has settled, or was delayed for an earlier client of the same name, is dropped.
 pub(super) fn admit(shared: &Arc<Shared>, queue: &Queue, held: Held) -> Option<Held> {
     let Queue::Inbox(id) = queue else { return Some(held) };
-    let client = shared.clients.get(id)?;
+    let Some(client) = shared.clients.get(id) else {
+        // Nobody's any more; but RabbitMQ counts it as outstanding on its channel.
+        shared.give_back(&held);
+        return None;
+    };
     let is_of_another = held.counts.delayed_at_ms > 0 && held.counts.delayed_at_ms < client.since_ms;
     if held.is_gone || is_of_another {
         acknowledge(vec![held]);
@@ -454,7 +471,7 @@ pub(super) async fn bury(
     let letter =
         |(held, attempts): &(Held, u32)| dead_letter(client, Origin::Inbox, reason, *attempts, &held.payload, user);
     let messages: Vec<Outgoing> = held.iter().map(letter).collect();
-    let fates = shared.publish_on(shared.relay(&topology::inbox(client)), messages, None::<()>).await;
+    let fates = shared.publish_on(shared.relay(&topology::inbox(client)), messages).await;
     let (mut gone, mut refusal) = (Vec::with_capacity(held.len()), None);
     for ((held, _), fate) in held.into_iter().zip(fates) {
         match fate {
@@ -530,7 +547,11 @@ pub(super) async fn settle_pulled(
 ) -> Result<Vec<Receipt>, BrokerError> {
     let action = format!("settle messages pulled from {}", topology::inbox(id));
     let client = shared.clients.get(id).ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, &action))?;
-    shared.session(&action)?;
+    match outcome {
+        PullOutcome::Ack | PullOutcome::Nack(None) => shared.session(&action)?,
+        // These are published.
+        PullOutcome::Nack(Some(_)) | PullOutcome::Reject => shared.open_session(&action)?,
+    };
     let Some(puller) = client.puller() else { return Ok(receipts) };
     let (ended, unknown) = puller.end_leases(receipts);
     match outcome {
@@ -579,7 +600,7 @@ async fn delay_pulled(
         let counts = Counts { deliveries: held.before + 1, ..held.counts };
         delayed(&held.payload, counts, delay, &name, shared.user())
     };
-    let fates = shared.publish_on(shared.relay(&name), held.iter().map(message).collect(), None::<()>).await;
+    let fates = shared.publish_on(shared.relay(&name), held.iter().map(message).collect()).await;
     let (mut gone, mut refusal) = (Vec::with_capacity(held.len()), None);
     for (held, fate) in held.into_iter().zip(fates) {
         match fate {

@@ -183,7 +183,7 @@ impl AmqpStock {
         let (mut left, mut until) = (messages, Instant::now() + PATIENCE);
         loop {
             self.wait_until_ready(until.saturating_duration_since(Instant::now())).await?;
-            let fates = self.shared().publish_on(lane, left.clone(), None::<()>).await;
+            let fates = self.shared().publish_on(lane, left.clone()).await;
             let before = left.len();
             let refusals: Vec<_> =
                 left.into_iter().zip(fates).filter_map(|(one, fate)| Some((one, fate.err()?))).collect();

@@ -97,6 +97,9 @@ pub(super) fn short(text: &str) -> ShortString {
     })
 }
 
+/// Longest header that can be a W3C `traceparent` of whatever version, with room to spare. Longer ones are not kept.
+const TRACEPARENT_BYTES_MAX: usize = 128;
+
 /// The properties under which a payload is published. `user` is the backbone's own, where it is known.
 pub(super) fn properties(payload: &Payload, counts: Counts, user: Option<&str>) -> BasicProperties {
     let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT).with_timestamp(counts.since_s);
@@ -157,6 +160,8 @@ pub(super) fn read(properties: &BasicProperties, body: Vec<u8>, trusted: Option<
     let returned = count(ACQUIRED_COUNT).max(count(DELIVERY_COUNT));
     let body = Bytes::from(body);
     let traceparent = headers.and_then(|headers| headers.inner().get(TRACEPARENT)).and_then(as_text);
+    // Anybody can put anything there, and it goes on with what the backbone adds: together they must fit into a frame.
+    let traceparent = traceparent.filter(|text| text.len() <= TRACEPARENT_BYTES_MAX);
     let is_own = trusted.is_none_or(|trusted| trusted.names(properties));
     let kind = properties.kind().as_ref().map(ShortString::as_str);
     let own_id = match kind {

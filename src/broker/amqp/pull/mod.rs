@@ -208,7 +208,8 @@ impl Puller {
         if matches!(inner.phase, Phase::Ending(_)) {
             return View::None;
         }
-        if inner.store.waiting() >= max {
+        // Long messages fill what may be held before they are as many as were asked for.
+        if inner.store.waiting() >= max.min(usize::from(task::prefetch(&inner))) {
             return View::Complete;
         }
         match &inner.phase {
@@ -260,12 +261,12 @@ impl Puller {
                     }
                     has_changed = true;
                 }
-                Poll::Ready(Some(Err(_)) | None) => {
+                Poll::Pending if subscription.channel.is_alive() => break,
+                Poll::Ready(Some(Err(_)) | None) | Poll::Pending => {
                     *phase = Phase::Idle;
                     store.drop_dead();
                     has_changed = true;
                 }
-                Poll::Pending => break,
             }
         }
         if is_look {
@@ -299,10 +300,9 @@ impl Puller {
                 return Err(unavailable(format!("{action}: {error}")));
             }
             shared.telemetry.metrics.delivered.inc_by(pulled.len() as u64);
-            if shared.telemetry.traces.is_on() {
-                for one in &pulled {
-                    shared.telemetry.traces.record(&one.message, Step::Delivered(self.id.clone()));
-                }
+            // Latencies and rates come from it as well, whether or not ways are kept.
+            for one in &pulled {
+                shared.telemetry.traces.record(&one.message, Step::Delivered(self.id.clone()));
             }
         }
         Ok(pulled)

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::super::held::Held;
+use super::super::held::{HELD_FOR_MAX, Held};
+use super::super::intake::IntakeChannel;
 use crate::broker::{Payload, PullMode};
 use crate::envelope::SharedMessage;
 
@@ -16,11 +17,10 @@ const LEASED_BYTES_MAX: usize = 64 << 20;
 const LEASED_BYTES_SHARED: usize = 256 << 20;
 const LEASED_BYTES_MAX_THEN: usize = 1 << 20;
 
-/// A delivery must not stay unacknowledged for RabbitMQ's 30 minutes. One that is leased for longer is given back and
-/// taken again after this.
-pub(super) const RENEW_AFTER: Duration = Duration::from_secs(20 * 60);
+/// How often it is looked whether one that is leased for long must be given back and taken again.
+pub(super) const RENEW_EVERY: Duration = Duration::from_secs(60);
 
-/// How long a renewed one may take to come again before its lease is given up.
+/// How long a renewed one may take to come again before its lease is given up, at the next look.
 const RENEW_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long a message is taken to be before the first one was seen, in bytes: long, so that a first batch cannot be
@@ -32,13 +32,11 @@ pub(super) struct Waiting {
     pub(super) held: Held,
     /// The subscription that it came by.
     pub(super) generation: u64,
-    /// When it came.
-    since: Instant,
 }
 
 impl Waiting {
     pub(super) fn new(held: Held, generation: u64) -> Self {
-        Self { held, generation, since: Instant::now() }
+        Self { held, generation }
     }
 
     fn size(&self) -> usize {
@@ -79,6 +77,12 @@ pub(super) struct Store {
     outstanding: usize,
     /// Leased bytes of all clients.
     leased_by_all: Arc<AtomicUsize>,
+    /// Leases that wait for their message to come again, by what it is recognised by.
+    renewing: HashMap<u64, u64>,
+    /// When it is next looked for those that have to.
+    next_renewal: Instant,
+    /// Channels that something here came on.
+    channels: Vec<Arc<IntakeChannel>>,
 }
 
 impl Store {
@@ -92,6 +96,9 @@ impl Store {
             generation: 0,
             outstanding: 0,
             leased_by_all,
+            renewing: HashMap::new(),
+            next_renewal: Instant::now() + RENEW_EVERY,
+            channels: Vec::new(),
         }
     }
 
@@ -127,8 +134,11 @@ impl Store {
         self.outstanding += 1;
         let mut waiting = Waiting::new(held, self.generation);
         self.average_size = (self.average_size * 7 + waiting.size()) / 8;
-        let key = waiting.held.key;
-        if let Some(lease) = self.leases.values_mut().find(|l| l.renewed.is_some() && l.waiting.held.key == key) {
+        if !self.channels.iter().any(|channel| Arc::ptr_eq(channel, &waiting.held.channel)) {
+            self.channels.push(Arc::clone(&waiting.held.channel));
+        }
+        let renewed = self.renewing.remove(&waiting.held.key);
+        if let Some(lease) = renewed.and_then(|number| self.leases.get_mut(&number)) {
             // A lease waits for it, and goes on.
             waiting.held.before = lease.waiting.held.before;
             lease.waiting = waiting;
@@ -210,6 +220,9 @@ impl Store {
     fn remove_lease(&mut self, number: u64) -> Option<Lease> {
         let lease = self.leases.remove(&number)?;
         self.deadlines.remove(&(lease.until, number));
+        if lease.renewed.is_some() {
+            self.renewing.remove(&lease.waiting.held.key);
+        }
         let size = lease.waiting.size();
         self.leased_bytes -= size;
         self.leased_by_all.fetch_sub(size, Ordering::Relaxed);
@@ -218,11 +231,19 @@ impl Store {
 
     /// Ends a lease before its time. `None` when there is none, or it has run out.
     pub(super) fn end_lease(&mut self, number: u64) -> Option<Waiting> {
-        let lease = self.leases.get(&number)?;
-        let is_good = lease.until > Instant::now() && lease.renewed.is_none() && lease.waiting.held.channel.is_alive();
+        // One that has just run out goes back into the buffer by itself.
+        let lease = self.leases.get(&number).filter(|lease| lease.until > Instant::now())?;
+        let is_good = lease.renewed.is_none() && lease.waiting.held.channel.is_alive();
         let waiting = self.remove_lease(number).filter(|_| is_good)?.waiting;
         self.settled(waiting.generation);
         Some(waiting)
+    }
+
+    /// Ends every lease; returns what was leased and has not gone back.
+    pub(super) fn end_all_leases(&mut self) -> Vec<Held> {
+        let numbers: Vec<u64> = self.leases.keys().copied().collect();
+        let ended = numbers.into_iter().filter_map(|number| self.remove_lease(number));
+        ended.filter(|lease| lease.renewed.is_none()).map(|lease| lease.waiting.held).collect()
     }
 
     /// Leases that have run out go back into the buffer. Returns whether there were any.
@@ -245,7 +266,11 @@ impl Store {
     /// Deliveries that have been unacknowledged for long. Those in the buffer are taken out of it, to be given back;
     /// those that are leased stay leased, and are expected to come again. Returns what is to be given back.
     pub(super) fn renew(&mut self, now: Instant, give_back: &mut impl FnMut(&Held)) {
-        let is_old = |waiting: &Waiting| now.duration_since(waiting.since) > RENEW_AFTER;
+        if now < self.next_renewal {
+            return;
+        }
+        self.next_renewal = now + RENEW_EVERY;
+        let is_old = |waiting: &Waiting| now.duration_since(waiting.held.since) > HELD_FOR_MAX;
         while self.buffer.front().is_some_and(is_old) {
             let Some(waiting) = self.pop() else { break };
             give_back(&waiting.held);
@@ -258,6 +283,7 @@ impl Store {
                 None if is_old(&lease.waiting) => {
                     give_back(&lease.waiting.held);
                     lease.renewed = Some(now + RENEW_WITHIN);
+                    self.renewing.insert(lease.waiting.held.key, *number);
                     if lease.waiting.generation == self.generation {
                         self.outstanding = self.outstanding.saturating_sub(1);
                     }
@@ -272,7 +298,7 @@ impl Store {
 
     /// Whether a lease waits for its message to come again.
     pub(super) fn is_renewing(&self) -> bool {
-        self.leases.values().any(|lease| lease.renewed.is_some())
+        !self.renewing.is_empty()
     }
 
     /// When something here is due, the oldest lease's renewal included.
@@ -282,10 +308,11 @@ impl Store {
 
     /// Forgets what came on channels that are gone: it comes again, and receipts for it are worth nothing.
     pub(super) fn drop_dead(&mut self) {
-        if !self.buffer.iter().all(|waiting| waiting.held.channel.is_alive()) {
-            let all = std::mem::take(&mut self.buffer);
-            self.buffer = all.into_iter().filter(|waiting| waiting.held.channel.is_alive()).collect();
+        if self.channels.iter().all(|channel| channel.is_alive()) {
+            return;
         }
+        self.channels.retain(|channel| channel.is_alive());
+        self.buffer.retain(|waiting| waiting.held.channel.is_alive());
         let dead = |lease: &Lease| lease.renewed.is_none() && !lease.waiting.held.channel.is_alive();
         let dead: Vec<u64> = self.leases.iter().filter(|(_, lease)| dead(lease)).map(|(number, _)| *number).collect();
         for number in dead {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::state::RENEW_AFTER;
+use super::state::RENEW_EVERY;
 use super::{Inner, Phase, Puller};
 use crate::broker::amqp::held::Held;
 
@@ -115,11 +115,11 @@ impl Puller {
         if inner.store.expire(now.into_std()) {
             self.changed.notify_waiters();
         }
-        let mut give_back = |held: &Held| {
-            self.shared.memory.note(held.key, held.before);
-            held.channel.give_back([held.tag]);
-        };
-        inner.store.renew(now.into_std(), &mut give_back);
+        inner.store.renew(now.into_std(), &mut |held| self.shared.give_back(held));
+        if ended {
+            // RabbitMQ counts them as outstanding on the channel although their queue is gone.
+            inner.store.end_all_leases().iter().for_each(|held| self.shared.give_back(held));
+        }
         let is_wanted = !ended && (inner.pulls > 0 || inner.store.is_renewing());
         let lingers_until = inner.last_pull + LINGER;
         let is_left = !is_wanted && (ended || now >= lingers_until);
@@ -151,7 +151,7 @@ impl Puller {
             inner.is_running = false;
             return Next::Stop;
         }
-        let mut until = now + RENEW_AFTER / 10;
+        let mut until = now + RENEW_EVERY;
         if let Some(deadline) = inner.store.next_deadline() {
             until = until.min(Instant::from_std(deadline));
         }
@@ -181,7 +181,7 @@ impl Puller {
 }
 
 /// The prefetch that the present pulls ask for.
-fn prefetch(inner: &Inner) -> u16 {
+pub(super) fn prefetch(inner: &Inner) -> u16 {
     let fitting = BUFFER_BYTES / inner.store.average_size().max(1);
     let most = fitting.clamp(PREFETCH_MIN, PREFETCH_MAX);
     u16::try_from(inner.wanted.clamp(PREFETCH_MIN, most)).expect("the bound fits")
