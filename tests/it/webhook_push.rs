@@ -488,25 +488,13 @@ broker_tests! {
         const COUNT: u64 = 1500;
         let rig = Rig::new().await;
         // Each message has its fate: most are delivered at once, some later, some never.
-        let seen = Mutex::new(HashMap::<u64, usize>::new());
+        let seen = Mutex::new(HashMap::<u64, u64>::new());
         let endpoint = FakeEndpoint::start(move |hit, _| {
             let n = hit.number();
             let mut seen = seen.lock();
             let times = seen.entry(n).or_default();
             *times += 1;
-            match (n % 50, *times) {
-                (0, _) if n % 250 == 0 => Reply::Status(500),
-                (1, 1) => Reply::Reset,
-                (2, 1) => Reply::Close,
-                (3, 1) => Reply::Garbage,
-                (4, 1) => Reply::CutInside,
-                (5, 1) => Reply::Status(302),
-                (6, 1) => Reply::Status(404),
-                (7, _) => Reply::EndlessBody,
-                (8, _) => Reply::OkThenClose,
-                (9, _) => Reply::Bytewise,
-                _ => Reply::Status(204),
-            }
+            if n % 250 == 0 { Reply::Status(500) } else { Reply::by_fate(n, *times) }
         });
         let client = receiver(env, COUNT).await;
         let pushing = rig.push(env, &client, &endpoint.url(), json!({"concurrency": 32}));
