@@ -156,18 +156,11 @@ impl RouterProcess {
     /// # Panics
     /// With the log's end when there is none.
     pub(crate) async fn wait_for_exit(&mut self, deadline: Duration) -> ExitStatus {
-        let mut child = self.child.take().expect("the router runs");
-        let until = std::time::Instant::now() + deadline;
-        loop {
-            if let Some(status) = child.try_wait().expect("a child can be waited for") {
-                return status;
-            }
-            if std::time::Instant::now() > until {
-                self.child = Some(child);
-                panic!("the router did not exit within {deadline:?}; its log ends:\n{}", tail(&self.log()));
-            }
-            actix_rt::time::sleep(Duration::from_millis(10)).await;
-        }
+        let child = self.child.as_mut().expect("the router runs");
+        let wait = async || child.try_wait().expect("a child can be waited for");
+        let status = eventually("the router exits", deadline, wait).await;
+        self.child = None;
+        status
     }
 }
 
