@@ -10,7 +10,7 @@ use actix_web::http::StatusCode;
 use actix_web::{App, HttpRequest, HttpResponse, HttpServer, web};
 use bytes::Bytes;
 use clap::Args;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio::sync::{mpsc, oneshot};
 
@@ -18,7 +18,8 @@ use super::child::ANNOUNCEMENT;
 use super::context::{Context, from_file_if_asked};
 use super::error::CliError;
 use super::interrupt::Interrupt;
-use super::output::{Output, count, printable};
+use super::output::{Output, count, on_one_line};
+use super::receive::Shown;
 use crate::time::Timestamp;
 use crate::webhook::signature::{SigningSecret, verify};
 
@@ -87,19 +88,6 @@ struct Line<'a> {
     /// The body, when it is not JSON.
     #[serde(skip_serializing_if = "Option::is_none")]
     raw: Option<Cow<'a, str>>,
-}
-
-/// An envelope, as far as it is shown.
-#[derive(Deserialize)]
-struct Shown<'a> {
-    #[serde(borrow)]
-    topic: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    sender: Cow<'a, str>,
-    #[serde(borrow)]
-    sent_at: Cow<'a, str>,
-    #[serde(borrow)]
-    message: &'a RawValue,
 }
 
 impl Listen {
@@ -266,13 +254,8 @@ fn line(body: &[u8], verified: bool, again: bool) -> String {
         (false, false) => "  (not verified)",
         (false, true) => "  (again, not verified)",
     };
-    let on_one_line = |text: &str| printable(&text.replace(['\n', '\r', '\t'], " "));
     match serde_json::from_slice::<Shown<'_>>(body) {
-        Ok(shown) => {
-            let topic = shown.topic.as_deref().unwrap_or("(broadcast)");
-            let (at, sender) = (printable(&shown.sent_at), printable(&shown.sender));
-            format!("{at}  {sender}  {}{mark}  {}", printable(topic), on_one_line(shown.message.get()))
-        }
+        Ok(shown) => shown.line(mark),
         Err(_) => format!("no envelope{mark}  {}", on_one_line(&String::from_utf8_lossy(body))),
     }
 }

@@ -14,7 +14,7 @@ use super::context::Context;
 use super::error::CliError;
 use super::follow;
 use super::interrupt::Interrupt;
-use super::output::{Output, count, printable};
+use super::output::{Output, count, on_one_line, printable};
 
 /// Messages taken when `--max` does not say.
 const MAX_DEFAULT: u64 = 100;
@@ -70,7 +70,7 @@ struct Batch<'a> {
 
 /// What people are shown of a message.
 #[derive(Deserialize)]
-struct Shown<'a> {
+pub(super) struct Shown<'a> {
     #[serde(borrow)]
     topic: Option<Cow<'a, str>>,
     #[serde(borrow)]
@@ -246,15 +246,17 @@ pub(super) fn print(out: &mut Output, message: &RawValue) -> Result<(), CliError
     }
     let shown: Shown<'_> = serde_json::from_str(message.get())
         .map_err(|error| CliError::failed(format!("the router sent a message that cannot be read: {error}")))?;
-    out.line(line(&shown))
+    let again = if shown.deliveries > 1 { format!(" (delivery {})", shown.deliveries) } else { String::new() };
+    out.line(shown.line(&again))
 }
 
-/// One message for people, on one line: when, from whom, on what, and what.
-fn line(shown: &Shown<'_>) -> String {
-    let again = if shown.deliveries > 1 { format!(" (delivery {})", shown.deliveries) } else { String::new() };
-    let message = printable(&shown.message.get().replace(['\n', '\r', '\t'], " "));
-    let topic = shown.topic.as_deref().unwrap_or("(broadcast)");
-    format!("{}  {}  {topic}{again}  {message}", shown.sent_at, shown.sender)
+impl Shown<'_> {
+    /// One message for people, on one line: when, from whom, on what (and a mark), and what.
+    pub(super) fn line(&self, mark: &str) -> String {
+        let topic = printable(self.topic.as_deref().unwrap_or("(broadcast)"));
+        let (at, sender) = (printable(&self.sent_at), printable(&self.sender));
+        format!("{at}  {sender}  {topic}{mark}  {}", on_one_line(self.message.get()))
+    }
 }
 
 #[cfg(test)]

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::process::Signal;
 use serde_json::json;
 
 use crate::support::console::{Console, Traffic};
 use crate::support::endpoint::{FakeEndpoint, Reply};
 use crate::support::fixture::{BrokerKind, Fixture};
+use crate::support::process::signal;
 
 /// Cells of the row of the client in the table of clients.
 fn cells(client: &str) -> String {
@@ -352,10 +354,9 @@ async fn a_router_that_stops_is_told_and_come_back_to() {
     console.browser.forgive_complaints("net::ERR").await;
 
     // One that hangs, or whose machine is gone, closes no connection: its silence is noticed.
-    let pid = rustix::process::Pid::from_raw(console.app.router.pid().cast_signed()).expect("a process id");
-    rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stops");
+    signal(console.app.router.pid(), Signal::STOP);
     console.browser.sees("#notice[role=alert]", "connection to the router is lost").await;
-    rustix::process::kill_process(pid, rustix::process::Signal::CONT).expect("goes on");
+    signal(console.app.router.pid(), Signal::CONT);
     back(&mut console).await;
     console.finish().await;
 }

@@ -103,8 +103,7 @@ async fn end_of(child: Child) -> Ran {
 }
 
 fn interrupt(child: &Child) {
-    let pid = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw).expect("a process id");
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("a child can be signalled");
+    crate::support::process::signal(child.id(), rustix::process::Signal::INT);
 }
 
 broker_tests! {

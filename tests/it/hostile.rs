@@ -98,6 +98,7 @@ broker_tests! {
         let attack = futures_util::future::join_all(hostile);
         futures_util::pin_mut!(attack);
         let answers = loop {
+            // Memory tells nobody when it grows: looked at again and again while the bodies come.
             let tick = actix_rt::time::sleep(Duration::from_millis(5));
             futures_util::pin_mut!(tick);
             match futures_util::future::select(&mut attack, tick).await {

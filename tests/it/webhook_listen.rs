@@ -4,10 +4,11 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Child, Command, Stdio};
 
 use reqwest::Method;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::http::Client;
+use crate::support::process::signal;
 use crate::support::wait::SOON;
 use crate::support::{TestApp, eventually};
 
@@ -52,8 +53,7 @@ impl Listener {
     }
 
     fn interrupt(&self) {
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a process id");
-        kill_process(pid, Signal::INT).expect("a child can be signalled");
+        signal(self.child.id(), Signal::INT);
     }
 
     /// Waits for its end.

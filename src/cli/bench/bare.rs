@@ -10,7 +10,7 @@ use super::latency::{Due, RATE, tick};
 use super::load::{Run, Tasks};
 use super::payload::{Payload, numbers};
 use super::report::Report;
-use super::scenarios::report;
+use super::scenarios::{report, report_arrived};
 use crate::broker::BrokerError;
 use crate::broker::amqp::bare::{Entry, Exit, Pipeline};
 use crate::cli::error::CliError;
@@ -27,10 +27,8 @@ pub(super) async fn rate(options: &Options, seconds: f64, interrupt: &Interrupt)
     tasks.spawn(take(Rc::clone(&run), exit, payload.message_bytes(), |_, _| ()));
     let outcome = tasks.finish("through bare queues", options.json, |run| run.ledger.borrow().arrived()).await;
     close(pipeline, outcome).await?;
-    let took = run.last_arrived.get() - run.started;
-    let arrived = run.ledger.borrow().arrived();
     let what = "a bare lapin pipeline of three queues, without a router".to_owned();
-    Ok(report("bare", what, &run, "messages", arrived, took, "-"))
+    Ok(report_arrived("bare", what, &run, "messages", "-"))
 }
 
 /// Times at a steady rate, from when a message is due to its arrival.

@@ -80,13 +80,11 @@ pub(super) async fn pipe(target: &Target, options: &Options, interrupt: &Interru
         tasks.spawn(receive(Rc::clone(&run), caller, 0, payload.message_bytes(), |_, _| ()));
     }
     tasks.finish("through the pipe", options.json, |run| run.ledger.borrow().arrived()).await?;
-    let took = run.last_arrived.get() - run.started;
-    let arrived = run.ledger.borrow().arrived();
     let what = format!(
         "NDJSON batches of {} in over {connections} connections, receive?max=1000 out over {PIPE_RECEIVERS}",
         options.batch
     );
-    Ok(report("pipe", what, &run, "messages", arrived, took, "request"))
+    Ok(report_arrived("pipe", what, &run, "messages", "request"))
 }
 
 /// One sender, many inboxes.
@@ -111,13 +109,23 @@ pub(super) async fn fanout(target: &Target, options: &Options, interrupt: &Inter
     }
     let inboxes = receivers.len() as u64;
     tasks.finish("fanning out", options.json, move |run| run.ledger.borrow().arrived() / inboxes).await?;
-    let took = run.last_arrived.get() - run.started;
-    let arrived = run.ledger.borrow().arrived();
     let what = format!("NDJSON batches of {} in, each message to {inboxes} inboxes, all of them read", options.batch);
-    Ok(report("fanout", what, &run, "deliveries", arrived, took, "request"))
+    Ok(report_arrived("fanout", what, &run, "deliveries", "request"))
 }
 
-/// What a run has found.
+/// What a run has found: what arrived, until the last of it did.
+pub(super) fn report_arrived(
+    scenario: &'static str,
+    what: String,
+    run: &Run,
+    unit: &'static str,
+    timed: &'static str,
+) -> Report {
+    let took = run.last_arrived.get() - run.started;
+    report(scenario, what, run, unit, run.ledger.borrow().arrived(), took, timed)
+}
+
+/// What a run has found; `count` is what it is about.
 pub(super) fn report(
     scenario: &'static str,
     what: String,

@@ -12,7 +12,7 @@ use super::Options;
 use super::load::{Run, SHOWN_EVERY, Tasks};
 use super::payload::{Payload, numbers};
 use super::report::Report;
-use super::scenarios::report;
+use super::scenarios::report_arrived;
 use super::target::Target;
 use crate::cli::error::CliError;
 use crate::cli::interrupt::Interrupt;
@@ -56,13 +56,11 @@ pub(super) async fn ws(target: &Target, options: &Options, interrupt: &Interrupt
         tasks.spawn(receive(Rc::clone(&run), socket, payload.message_bytes()));
     }
     tasks.finish("over sockets", options.json, |run| run.ledger.borrow().arrived()).await?;
-    let took = run.last_arrived.get() - run.started;
-    let arrived = run.ledger.borrow().arrived();
     let what = format!(
         "frames of {} messages in over {connections} sockets, a frame each out over {RECEIVERS}, acknowledged",
         options.batch
     );
-    Ok(report("ws", what, &run, "messages", arrived, took, "frame"))
+    Ok(report_arrived("ws", what, &run, "messages", "frame"))
 }
 
 fn broken(error: std::io::Error) -> CliError {

@@ -16,7 +16,7 @@ use super::load::{Run, SHOWN_EVERY, Tasks, send};
 use super::payload::{Payload, numbers};
 use super::receiver::Receiver;
 use super::report::Report;
-use super::scenarios::report;
+use super::scenarios::{report, report_arrived};
 use super::target::{Caller, Target, unexpected};
 use crate::cli::error::CliError;
 use crate::cli::interrupt::Interrupt;
@@ -86,10 +86,8 @@ pub(super) async fn rate(target: &Target, options: &Options, interrupt: &Interru
     }
     tasks.spawn(arrive(Rc::clone(&run)));
     tasks.finish("pushed", options.json, |run| run.ledger.borrow().arrived()).await?;
-    let took = run.last_arrived.get() - run.started;
-    let arrived = run.ledger.borrow().arrived();
     let what = format!("NDJSON batches of {} in, a webhook each out, {CONCURRENCY} at once", options.batch);
-    let mut report = report("webhook", what, &run, "webhooks", arrived, took, "-");
+    let mut report = report_arrived("webhook", what, &run, "webhooks", "-");
     report.verdict = receiver.verdict(report.verdict);
     Ok(report)
 }
@@ -186,10 +184,8 @@ pub(super) async fn bare(options: &Options, seconds: f64, interrupt: &Interrupt)
     });
     tasks.spawn(arrive(Rc::clone(&run)));
     tasks.finish("posted", options.json, |run| run.ledger.borrow().arrived()).await?;
-    let took = run.last_arrived.get() - run.started;
-    let arrived = run.ledger.borrow().arrived();
     let what = format!("a bare client that signs and posts, {CONCURRENCY} kept-alive connections");
-    let mut report = report("bare-webhook", what, &run, "webhooks", arrived, took, "-");
+    let mut report = report_arrived("bare-webhook", what, &run, "webhooks", "-");
     report.verdict = receiver.verdict(report.verdict);
     Ok(report)
 }

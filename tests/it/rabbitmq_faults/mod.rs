@@ -103,6 +103,7 @@ impl Scene {
             if Instant::now() >= until {
                 break;
             }
+            // The pace of the calls: what must hold is asserted of each, all the while.
             actix_rt::time::sleep(Duration::from_millis(100)).await;
         }
         println!("{reason}: noticed after {noticed:?}; the slowest refusal of {calls} took {slowest:?}");

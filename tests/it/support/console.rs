@@ -58,6 +58,10 @@ impl Fixture for Console {
     }
 }
 
+/// How long the sender rests between batches, and a receiver before it asks a router again that does not answer: the pace
+/// of the traffic, which goes on whatever happens to the router.
+const PACE: Duration = Duration::from_millis(50);
+
 /// Messages on their way until it is dropped.
 pub(crate) struct Traffic(Vec<actix_rt::task::JoinHandle<()>>);
 
@@ -70,7 +74,7 @@ impl Traffic {
                 let batch: Vec<_> = (0..20).map(|k| json!({"topic": topic, "message": {"n": n * 20 + k}})).collect();
                 // A router that is stopped by the test refuses.
                 let _ = sender.post("/send").json(&json!(batch)).try_send().await;
-                actix_rt::time::sleep(Duration::from_millis(50)).await;
+                actix_rt::time::sleep(PACE).await;
             }
         });
         let reading = receivers.iter().map(|&receiver| {
@@ -78,7 +82,7 @@ impl Traffic {
             actix_rt::spawn(async move {
                 loop {
                     if receiver.get("/receive?max=1000&wait=5").try_send().await.is_err() {
-                        actix_rt::time::sleep(Duration::from_millis(50)).await;
+                        actix_rt::time::sleep(PACE).await;
                     }
                 }
             })

@@ -51,6 +51,23 @@ impl Reply {
     pub(crate) fn retry_after(status: u16, value: impl ToString) -> Self {
         Self::Full { status, headers: vec![("retry-after", value.to_string())], body: vec![] }
     }
+
+    /// How message `n` fares the first time, the second, and so on: of fifty, six are refused once, three are taken in an
+    /// odd way, and the others are simply taken.
+    pub(crate) fn by_fate(n: u64, times: u64) -> Self {
+        match (n % 50, times) {
+            (1, 1) => Self::Reset,
+            (2, 1) => Self::Close,
+            (3, 1) => Self::Garbage,
+            (4, 1) => Self::CutInside,
+            (5, 1) => Self::Status(302),
+            (6, 1) => Self::Status(404),
+            (7, _) => Self::EndlessBody,
+            (8, _) => Self::OkThenClose,
+            (9, _) => Self::Bytewise,
+            _ => Self::Status(204),
+        }
+    }
 }
 
 /// One request that came.

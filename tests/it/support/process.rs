@@ -123,10 +123,7 @@ impl RouterProcess {
 
     /// SIGKILL: no word of farewell.
     pub(crate) fn kill(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            child.kill().expect("a child can be killed");
-            child.wait().expect("a child can be waited for");
-        }
+        kill(&mut self.child);
     }
 
     /// Starts again where it was, and waits until it is ready.
@@ -138,17 +135,12 @@ impl RouterProcess {
 
     /// SIGTERM; does not wait.
     pub(crate) fn terminate(&self) {
-        self.signal(Signal::TERM);
+        signal(self.pid(), Signal::TERM);
     }
 
     /// SIGKILL; for when others still borrow it. [`RouterProcess::kill`] or `restart` must follow.
     pub(crate) fn kill_without_waiting(&self) {
-        self.signal(Signal::KILL);
-    }
-
-    fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw).expect("a process id");
-        kill_process(pid, signal).expect("a child can be signalled");
+        signal(self.pid(), Signal::KILL);
     }
 
     /// Waits for its end.
@@ -156,18 +148,11 @@ impl RouterProcess {
     /// # Panics
     /// With the log's end when there is none.
     pub(crate) async fn wait_for_exit(&mut self, deadline: Duration) -> ExitStatus {
-        let mut child = self.child.take().expect("the router runs");
-        let until = std::time::Instant::now() + deadline;
-        loop {
-            if let Some(status) = child.try_wait().expect("a child can be waited for") {
-                return status;
-            }
-            if std::time::Instant::now() > until {
-                self.child = Some(child);
-                panic!("the router did not exit within {deadline:?}; its log ends:\n{}", tail(&self.log()));
-            }
-            actix_rt::time::sleep(Duration::from_millis(10)).await;
-        }
+        let child = self.child.as_mut().expect("the router runs");
+        let wait = async || child.try_wait().expect("a child can be waited for");
+        let status = eventually("the router exits", deadline, wait).await;
+        self.child = None;
+        status
     }
 }
 
@@ -176,12 +161,31 @@ impl Drop for RouterProcess {
         if std::thread::panicking() {
             eprintln!("---- the router's log ends:\n{}", tail(&self.log()));
         }
-        if let Some(mut child) = self.child.take() {
-            // A test that failed may leave it in any state; what matters is that nothing is left behind.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        kill_if_there(&mut self.child);
     }
+}
+
+/// SIGKILL, when there is a child; waits for its end.
+pub(crate) fn kill(child: &mut Option<Child>) {
+    if let Some(mut child) = child.take() {
+        child.kill().expect("a child can be killed");
+        child.wait().expect("a child can be waited for");
+    }
+}
+
+/// The same for when a test is over: one that failed may leave it in any state, and what matters is that nothing is left
+/// behind.
+pub(crate) fn kill_if_there(child: &mut Option<Child>) {
+    if let Some(mut child) = child.take() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+/// Sends a child a signal, such as STOP and CONT: a program that hangs.
+pub(crate) fn signal(pid: u32, signal: Signal) {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
+    kill_process(pid, signal).expect("a child can be signalled");
 }
 
 /// The program: what cargo built for the tests, unless `BACKBONE_TEST_PROGRAM` names another, to measure a release build.
@@ -210,7 +214,8 @@ fn free_address() -> SocketAddr {
     listener.local_addr().expect("a bound socket has an address")
 }
 
-fn tail(log: &str) -> String {
+/// The last lines.
+pub(crate) fn tail(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     lines[lines.len().saturating_sub(40)..].join("\n")
 }

@@ -21,10 +21,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::process;
 use super::wait::eventually;
 
 /// Where the Debian package has its programs.
@@ -267,17 +268,12 @@ impl Node {
 
     fn tail(&self) -> String {
         let output = std::fs::read_to_string(self.directory.join("output.log")).unwrap_or_default();
-        let all = output + &self.log();
-        let lines: Vec<&str> = all.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        process::tail(&(output + &self.log()))
     }
 
     /// SIGKILL.
     pub(crate) fn kill(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            child.kill().expect("a child can be killed");
-            child.wait().expect("a child can be waited for");
-        }
+        process::kill(&mut self.child);
     }
 
     /// Starts it again on what it left, and waits until it is up.
@@ -289,8 +285,7 @@ impl Node {
 
     /// Sends it a signal, such as STOP and CONT: a node that hangs.
     pub(crate) fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw).expect("a process id");
-        kill_process(pid, signal).expect("a child can be signalled");
+        process::signal(self.pid(), signal);
     }
 
     /// `rabbitmqctl`; takes a second or two.
@@ -322,11 +317,7 @@ impl Drop for Node {
         if std::thread::panicking() && self.child.is_some() {
             eprintln!("---- the node's log ends:\n{}", self.tail());
         }
-        if let Some(mut child) = self.child.take() {
-            // A test that failed may leave it in any state; what matters is that nothing is left behind.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        process::kill_if_there(&mut self.child);
     }
 }
 

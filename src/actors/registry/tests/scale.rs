@@ -1,13 +1,11 @@
-//! Ten thousand clients. Takes a while and prints figures, so only when asked for:
-//! `cargo test --release ten_thousand -- --ignored --nocapture`.
+//! Ten thousand clients. Its figures: `cargo test --release ten_thousand_clients_are_onboarded -- --nocapture`.
 
 use futures_util::StreamExt as _;
 
 use super::*;
 
 #[actix_rt::test]
-#[ignore = "onboards ten thousand clients"]
-async fn ten_thousand_clients_are_onboarded_and_ready_again_after_a_restart() {
+async fn heavy_ten_thousand_clients_are_onboarded_and_ready_again_after_a_restart() {
     const CLIENTS: usize = 10_000;
     let directory = tempfile::tempdir().expect("a temporary directory");
     let world = World::open(directory.path()).await;
