@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
+use super::error::with_cause;
 use super::link::{Link, wait_up};
 use super::{Shared, limits, state, users};
 use crate::time::Timestamp;
@@ -32,6 +33,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
         () = forget(&shared) => {}
         () = audit(&shared) => {}
         () = refresh(&shared) => {}
+        () = mend(&shared) => {}
         () = users::keep(&shared) => {}
     }
 }
@@ -89,6 +91,29 @@ async fn refresh(shared: &Arc<Shared>) {
         shared.standing_consumers().iter().for_each(|core| core.refresh());
         for client in shared.clients.all() {
             client.consumers().iter().for_each(|core| core.refresh());
+        }
+    }
+}
+
+/// Declares everything again when an exchange was found missing: with it went its bindings. Nothing is moved on
+/// meanwhile, so that no message finds the exchange without them.
+async fn mend(shared: &Arc<Shared>) {
+    let mut link = shared.link.subscribe();
+    loop {
+        let Some(session) = wait_up(&mut link).await else { return };
+        let mut suspect = session.suspicions();
+        tokio::select! {
+            true = async { suspect.wait_for(|suspect| *suspect).await.is_ok() } => {
+                log::warn!("an exchange was deleted by somebody else; everything is declared again");
+                match shared.declare_everything(&session).await {
+                    Ok(()) => session.set_suspect(false),
+                    Err(error) => {
+                        log::warn!("{}; trying again", with_cause(&error));
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                    }
+                }
+            }
+            _ = link.changed() => {}
         }
     }
 }

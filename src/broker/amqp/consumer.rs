@@ -4,7 +4,7 @@
 //! in advance; they wait in a buffer here. When the session breaks, or the queue is deleted under it, the consumer
 //! subscribes again by itself; it ends only with its client or with the broker.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::task::Poll;
@@ -71,8 +71,10 @@ struct State {
     buffer: VecDeque<Held>,
     /// Handed out and not settled.
     unsettled: HashMap<u64, Held>,
-    /// Being moved on: settled, and not acknowledged yet.
-    moving: usize,
+    /// The places of those that are being moved on: settled, and not acknowledged yet.
+    moving: BTreeSet<u64>,
+    /// The place of the first that the present subscription has brought.
+    first_place: u64,
     next_place: u64,
     next_tag: u64,
     order: Order,
@@ -97,7 +99,14 @@ impl Order {
 impl State {
     /// What RabbitMQ has handed out and waits for.
     fn outstanding(&self) -> usize {
-        self.buffer.len() + self.unsettled.len() + self.moving
+        self.buffer.len() + self.unsettled.len() + self.moving.len()
+    }
+
+    /// The same of the present subscription: what counts against its prefetch.
+    fn outstanding_here(&self) -> usize {
+        let is_here = |held: &&Held| held.place >= self.first_place;
+        let waiting = self.buffer.iter().chain(self.unsettled.values()).filter(is_here).count();
+        waiting + self.moving.range(self.first_place..).count()
     }
 
     /// A delivery has come.
@@ -176,7 +185,7 @@ impl ConsumerCore {
             state.buffer.retain(|held| held.channel.is_alive());
         }
         let prefetch = self.prefetch.load(Ordering::Relaxed) as usize;
-        let room = prefetch.saturating_sub(state.unsettled.len() + state.moving);
+        let room = prefetch.saturating_sub(state.unsettled.len() + state.moving.len());
         let count = max.min(room).min(state.buffer.len());
         let me = if count > 0 { self.me.upgrade() } else { None };
         let Some(me) = me else { return Vec::new() };
@@ -248,11 +257,11 @@ impl ConsumerCore {
     fn unsubscribe(&self, state: &mut State) {
         let shared = &self.shared;
         state.is_open = false;
-        let outstanding = state.outstanding();
+        let outstanding = state.outstanding_here();
         let buffer = std::mem::take(&mut state.buffer);
         match state.subscription.take() {
             Some(subscription) => shared.end_subscription(&self.queue, subscription, buffer, outstanding, None),
-            None => shared.give_back_in_turn(&self.queue, buffer, state.rest.take()),
+            None => shared.give_back_in_turn(&self.queue, buffer, state.rest.take(), None),
         }
     }
 
@@ -316,7 +325,7 @@ impl ConsumerCore {
             return;
         }
         self.take_in(state, None);
-        if state.outstanding() >= usize::from(current) {
+        if state.outstanding_here() >= usize::from(current) {
             self.renew(state);
         }
     }
@@ -327,14 +336,18 @@ impl ConsumerCore {
         self.renew_if_unfit(&mut self.state.lock());
     }
 
-    /// So many more deliveries are being moved on.
-    pub(super) fn begin_moving(&self, count: usize) {
-        self.state.lock().moving += count;
+    /// The deliveries at these places are being moved on.
+    pub(super) fn begin_moving(&self, places: &[u64]) {
+        self.state.lock().moving.extend(places);
     }
 
     /// They are settled.
-    pub(super) fn end_moving(&self, count: usize) {
-        self.state.lock().moving -= count;
+    pub(super) fn end_moving(&self, places: &[u64]) {
+        let mut state = self.state.lock();
+        for place in places {
+            state.moving.remove(place);
+        }
+        drop(state);
         self.changed.notify_one();
     }
 
@@ -371,13 +384,16 @@ impl Settle for ConsumerCore {
 /// What an ended subscription had on its way, when that is known; and where it came.
 pub(super) type Rest = (Arc<IntakeChannel>, oneshot::Receiver<Vec<lapin::message::Delivery>>);
 
+/// A subscription that is under way.
+pub(super) type Pending = oneshot::Receiver<Result<Subscription, lapin::Error>>;
+
 /// See the module.
 pub(super) struct AmqpConsumer {
     core: Arc<ConsumerCore>,
     /// What the subscription before had on its way, taken out of the state.
     rest: Option<Rest>,
     /// The answer to a subscription that is under way: kept here, so that nothing is lost when `next` is dropped.
-    pending: Option<oneshot::Receiver<Result<Subscription, lapin::Error>>>,
+    pending: Option<Pending>,
     failures: u32,
     /// RabbitMQ ended the subscription although the channel is there: the queue may be gone.
     was_cancelled: bool,
@@ -457,6 +473,7 @@ impl AmqpConsumer {
                 self.failures = 0;
                 let mut state = core.state.lock();
                 state.subscription = Some(subscription);
+                state.first_place = state.next_place;
                 state.is_open = true;
             }
             Ok(Err(error)) => {
@@ -534,14 +551,11 @@ impl Consume for AmqpConsumer {
 impl Drop for AmqpConsumer {
     fn drop(&mut self) {
         let mut state = self.core.state.lock();
-        state.rest = self.rest.take().or_else(|| state.rest.take());
-        self.core.unsubscribe(&mut state);
-        // One that is under way is ended by its channel's task when it finds nobody to give it to; but it may be here.
-        if let Some(mut pending) = self.pending.take() {
-            pending.close();
-            if let Ok(Ok(subscription)) = pending.try_recv() {
-                self.core.shared.end_subscription(&self.core.queue, subscription, [], 0, None);
-            }
+        if state.subscription.is_some() {
+            return self.core.unsubscribe(&mut state);
         }
+        state.is_open = false;
+        let (buffer, rest) = (std::mem::take(&mut state.buffer), self.rest.take().or_else(|| state.rest.take()));
+        self.core.shared.give_back_in_turn(&self.core.queue, buffer, rest, self.pending.take());
     }
 }

@@ -76,7 +76,7 @@ impl<'a> Harvest<'a> {
         // What came too late is given back before the next chunk is asked for, so that order holds.
         let outstanding = chunk.len();
         let left =
-            Left::Back { is_gone: false, first: Vec::new(), outstanding, note: Box::new(drop), ended: Some(sender) };
+            Left::Back { is_gone: false, first: Vec::new(), outstanding, note: Box::new(|_| ()), ended: Some(sender) };
         self.intake.end(&self.shared.thread, subscription, left);
         let _ = ended.await;
         if !chunk.is_empty() {

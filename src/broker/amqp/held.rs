@@ -110,6 +110,14 @@ impl ReturnMemory {
         }
     }
 
+    /// Notes that a delivery goes back that nobody has looked at.
+    pub(super) fn note_unseen(&self, delivery: Delivery, queue: &str, trusted: Option<&Trusted>) {
+        let Delivery { redelivered, properties, data, .. } = delivery;
+        let read = wire::read(&properties, data, trusted);
+        let key = key_of(queue, &read);
+        self.note(key, if redelivered { self.recall(key, &read) } else { read.counts.deliveries });
+    }
+
     /// Notes messages that were settled for good.
     pub(super) fn note_gone(&self, keys: impl IntoIterator<Item = u64>) {
         let mut inner = self.inner.lock();

@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::acks::AckTracker;
 use super::link::Link;
 use super::runtime::AmqpThread;
-use super::session::{Role, within};
+use super::session::{Role, late, within};
 use super::topology;
 use super::wire::short;
 
@@ -35,12 +35,23 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 pub(super) struct IntakeChannel {
     channel: Channel,
     tracker: Mutex<AckTracker>,
+    /// Whether its session was given up.
+    session_ended: watch::Receiver<bool>,
 }
 
 impl IntakeChannel {
     /// Whether what came on it can still be settled.
     pub(super) fn is_alive(&self) -> bool {
-        self.channel.status().connected()
+        self.channel.status().connected() && !*self.session_ended.borrow()
+    }
+
+    /// Waits for an answer on it; not beyond the end of its session.
+    async fn answer<T>(&self, call: impl Future<Output = Result<T, lapin::Error>>) -> Result<T, lapin::Error> {
+        let mut ended = self.session_ended.clone();
+        tokio::select! {
+            answer = within(CALL_TIMEOUT, call) => answer,
+            _ = ended.wait_for(|ended| *ended) => Err(late("its session was given up")),
+        }
     }
 
     /// Acknowledges. Returns whether the channel took it; a dead one has given everything back already.
@@ -70,7 +81,7 @@ impl IntakeChannel {
             }
         }
         match last {
-            Some(sent) => sent.await,
+            Some(sent) => self.answer(sent).await,
             None => Ok(()),
         }
     }
@@ -88,7 +99,7 @@ impl IntakeChannel {
 
     /// Messages that are ready in a queue.
     async fn count(&self, queue: &str) -> Result<u64, lapin::Error> {
-        within(CALL_TIMEOUT, topology::count(&self.channel, queue)).await
+        self.answer(topology::count(&self.channel, queue)).await
     }
 
     /// Resolves when everything is here that RabbitMQ had put on its way from `queue` to this channel's consumers when
@@ -97,8 +108,8 @@ impl IntakeChannel {
     pub(super) async fn round_trip(&self, queue: &str) -> Result<u64, lapin::Error> {
         // The first question goes to the queue, which answers it after what it has handed out; but its channel may pass
         // the answer on first. The second is for the channel itself, which comes to it after what it was handed.
-        let ready = within(CALL_TIMEOUT, topology::count(&self.channel, queue)).await?;
-        within(CALL_TIMEOUT, topology::check_exchange(&self.channel, topology::BROADCAST)).await?;
+        let ready = self.count(queue).await?;
+        self.answer(topology::check_exchange(&self.channel, topology::BROADCAST)).await?;
         Ok(ready)
     }
 }
@@ -121,13 +132,7 @@ pub(super) enum Left {
     /// It goes back to the queue: these first, which were taken out of it and not settled; then what nobody looked at,
     /// once that has been noted. `outstanding` were taken out and are not settled, these included. When the queue is
     /// about to be deleted, or was, their order is of no interest, and asking for it would close the channel.
-    Back {
-        is_gone: bool,
-        first: Vec<u64>,
-        outstanding: usize,
-        note: Box<dyn FnOnce(Vec<Delivery>) + Send>,
-        ended: Option<oneshot::Sender<()>>,
-    },
+    Back { is_gone: bool, first: Vec<u64>, outstanding: usize, note: Note, ended: Option<oneshot::Sender<()>> },
     /// What nobody looked at is wanted still, on the same channel.
     Kept(oneshot::Sender<Vec<Delivery>>),
 }
@@ -135,7 +140,7 @@ pub(super) enum Left {
 impl Left {
     /// Everything goes back; nobody has looked at anything.
     fn all() -> Self {
-        Self::Back { is_gone: false, first: Vec::new(), outstanding: 0, note: Box::new(drop), ended: None }
+        Self::Back { is_gone: false, first: Vec::new(), outstanding: 0, note: Box::new(|_| ()), ended: None }
     }
 }
 
@@ -145,24 +150,61 @@ enum Command {
     GiveBack(Box<GivenBack>),
 }
 
-/// What an ended subscription had brought and was kept, and is not wanted any more.
+/// What a consumer leaves that goes while its subscription is being made anew.
 pub(super) struct GivenBack {
     /// The queue's name.
     pub(super) queue: String,
-    /// The channel that it came on.
-    pub(super) channel: Arc<IntakeChannel>,
-    /// In order.
-    pub(super) first: Vec<u64>,
+    /// What the subscription before had brought and was kept: its channel and tags, in order.
+    pub(super) first: Option<(Arc<IntakeChannel>, Vec<u64>)>,
     /// What comes behind that, and was not looked at.
     pub(super) rest: Option<oneshot::Receiver<Vec<Delivery>>>,
-    /// Notes those.
-    pub(super) note: Box<dyn FnOnce(Vec<Delivery>) + Send>,
+    /// The next subscription, with what comes behind that.
+    pub(super) pending: Option<oneshot::Receiver<Result<Subscription, lapin::Error>>>,
+    /// Notes what was not looked at.
+    pub(super) note: Note,
     /// See [`Left::Back`].
     pub(super) is_gone: bool,
 }
 
+impl GivenBack {
+    /// What it waits for had its turn before.
+    async fn give_back(self) {
+        let Self { queue, first, rest, pending, note, is_gone } = self;
+        let rest = match rest {
+            Some(rest) => rest.await.unwrap_or_default(),
+            None => Vec::new(),
+        };
+        let subscription = match pending {
+            Some(pending) => pending.await.ok().and_then(Result::ok),
+            None => None,
+        };
+        let (channel, mut tags) = first.unzip();
+        let tags = tags.get_or_insert_default();
+        tags.extend(tags_of(&rest));
+        note(rest);
+        match (subscription, channel) {
+            (Some(subscription), Some(channel)) if Arc::ptr_eq(&subscription.channel, &channel) => {
+                // None of these counts against its prefetch.
+                let first = std::mem::take(tags);
+                end(subscription, Left::Back { is_gone, first, outstanding: 0, note, ended: None }).await;
+            }
+            // What came on an earlier channel went back with that.
+            (Some(subscription), _) => {
+                let left = Left::Back { is_gone, first: Vec::new(), outstanding: 0, note, ended: None };
+                end(subscription, left).await;
+            }
+            (None, Some(channel)) if is_gone => channel.give_back(std::mem::take(tags)),
+            (None, Some(channel)) => give_back(&channel, &queue, std::mem::take(tags)).await,
+            (None, None) => {}
+        }
+    }
+}
+
+/// Told of what goes back and was not looked at.
+pub(super) type Note = Box<dyn Fn(Vec<Delivery>) + Send>;
+
 /// How long the end of a subscription waits for what RabbitMQ may hand out still.
-const GATHER_WITHIN: Duration = Duration::from_millis(250);
+const GATHER_WITHIN: Duration = Duration::from_secs(2);
 
 /// Deliveries given back at a time when a subscription ends. RabbitMQ's channel sends a quorum queue no more than 32
 /// commands without an answer, and keeps what comes then for later: behind a consumer that begins meanwhile.
@@ -256,13 +298,7 @@ async fn run(
                 let turn = turns.next(&back.queue);
                 handle.spawn(async move {
                     let _turn = turn.begin().await;
-                    let GivenBack { queue, channel, first, rest, note, is_gone } = *back;
-                    let rest = match rest {
-                        // Its end was told before this, so it is there.
-                        Some(rest) => rest.await.unwrap_or_default(),
-                        None => Vec::new(),
-                    };
-                    give_back_all(&channel, &queue, first, rest, note, is_gone).await;
+                    back.give_back().await;
                 });
             }
         }
@@ -321,12 +357,14 @@ async fn subscribe(
         let mut open = open.lock().await;
         if open.as_ref().is_none_or(|(channel, _)| !channel.is_alive()) {
             let channel = session.channel(role).await?;
-            *open = Some((Arc::new(IntakeChannel { channel, tracker: Mutex::default() }), 0));
+            let session_ended = session.end();
+            *open = Some((Arc::new(IntakeChannel { channel, tracker: Mutex::default(), session_ended }), 0));
         }
         let (channel, current) = open.as_mut().expect("it was opened above");
-        begin(channel, current, queue, prefetch)
+        (Arc::clone(channel), begin(channel, current, queue, prefetch))
     };
-    begun.await
+    let (channel, begun) = begun;
+    channel.answer(begun).await
 }
 
 /// Puts prefetch and consumer in line, and returns what waits for the answer. Nobody can come in between.
@@ -374,7 +412,7 @@ async fn end(mut subscription: Subscription, left: Left) {
     if channel.is_alive() {
         let cancel = channel.channel.basic_cancel(subscription.consumer.tag(), BasicCancelOptions::default());
         // A channel that cannot even cancel is dead, or will be; then its deliveries come back by themselves.
-        let _ = within(CALL_TIMEOUT, cancel).await;
+        let _ = channel.answer(cancel).await;
     }
     drain(&mut subscription, &mut rest);
     match left {
@@ -384,29 +422,18 @@ async fn end(mut subscription: Subscription, left: Left) {
             }
         }
         Left::Back { is_gone, first, note, ended, .. } => {
-            give_back_all(&channel, &subscription.queue, first, rest, note, is_gone).await;
+            let tags: Vec<u64> = first.into_iter().chain(tags_of(&rest)).collect();
+            note(rest);
+            if is_gone {
+                channel.give_back(tags);
+            } else {
+                give_back(&channel, &subscription.queue, tags).await;
+            }
             if let Some(ended) = ended {
                 // Who asked may be gone.
                 let _ = ended.send(());
             }
         }
-    }
-}
-
-async fn give_back_all(
-    channel: &IntakeChannel,
-    queue: &str,
-    first: Vec<u64>,
-    rest: Vec<Delivery>,
-    note: Box<dyn FnOnce(Vec<Delivery>) + Send>,
-    is_gone: bool,
-) {
-    let tags: Vec<u64> = first.into_iter().chain(tags_of(&rest)).collect();
-    note(rest);
-    if is_gone {
-        channel.give_back(tags);
-    } else {
-        give_back(channel, queue, tags).await;
     }
 }
 

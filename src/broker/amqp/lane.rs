@@ -187,8 +187,13 @@ async fn serve(
     let mut window = Window::default();
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut suspect = session.suspicions();
     let ended = loop {
-        window.fill(&channel).await;
+        // What is moved on goes through exchanges; what comes in does not.
+        let is_open = role != Role::Relay || !*suspect.borrow_and_update();
+        if is_open {
+            window.fill(&channel).await;
+        }
         tokio::select! {
             Some(first) = window.confirms.next(), if !window.confirms.is_empty() => {
                 if first.1.is_ok() {
@@ -199,7 +204,8 @@ async fn serve(
                     break "it was closed";
                 }
             }
-            job = jobs.recv(), if window.takes_jobs() => match job {
+            Ok(()) = suspect.changed() => {}
+            job = jobs.recv(), if is_open && window.takes_jobs() => match job {
                 Some(job) => window.add(job),
                 None => return Ok(()),
             },
@@ -222,7 +228,7 @@ async fn serve(
         let _ = tokio::time::timeout(Duration::from_secs(1), channel.close(200, ShortString::from("stuck"))).await;
     }
     if window.give_up(ended).await {
-        session.suspect_topology();
+        session.set_suspect(true);
     }
     Ok(())
 }

@@ -128,8 +128,6 @@ async fn one_session(shared: &Arc<Shared>, log: &mut Trouble) -> String {
     tokio::select! {
         () = session.watch() => {}
         error = probe(&session) => log::warn!("RabbitMQ at {at} is given up: {error}"),
-        // With it went its bindings: no message may be published before they are there again.
-        () = session.suspected() => log::warn!("an exchange was deleted by somebody else; everything is declared again"),
     }
     shared.set_link(Link::Down(format!("the connection to RabbitMQ at {at} broke").into()));
     session.close().await;

@@ -61,6 +61,7 @@ mod topology;
 mod users;
 mod wire;
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -75,7 +76,7 @@ use self::consumer::{AmqpConsumer, ConsumerCore};
 use self::dedup::Dedup;
 use self::error::db_error;
 use self::held::{Held, ReturnMemory};
-use self::intake::{GivenBack, Intake, IntakeChannel, Left, Subscription};
+use self::intake::{GivenBack, Intake, IntakeChannel, Left, Note, Subscription};
 use self::lane::Lane;
 use self::link::Link;
 use self::management::Management;
@@ -260,28 +261,31 @@ impl Shared {
     ) {
         let channel = Arc::clone(&subscription.channel);
         let first = self.tags_on(&channel, buffer);
-        let note = self.note_of(queue, channel);
+        let note = self.note_of(queue);
         let left = Left::Back { is_gone: self.is_gone(queue), first, outstanding, note, ended };
         self.intake(queue).end(&self.thread, subscription, left);
     }
 
-    /// Gives back what a subscription had brought that was ended to begin another: its buffer, and then the rest.
+    /// What a consumer leaves that goes while its subscription is being made anew goes back: its buffer, then what the
+    /// subscription before had on its way, then what the next one has been handed.
     fn give_back_in_turn(
         self: &Arc<Self>,
         queue: &Queue,
-        buffer: impl IntoIterator<Item = Held>,
+        buffer: VecDeque<Held>,
         rest: Option<consumer::Rest>,
+        pending: Option<consumer::Pending>,
     ) {
-        let buffer: Vec<Held> = buffer.into_iter().collect();
-        let last = buffer.last().map(|held| Arc::clone(&held.channel));
-        let (channel, rest) = match rest {
-            Some((channel, rest)) => (Some(channel), Some(rest)),
-            None => (last, None),
-        };
-        let Some(channel) = channel else { return };
-        let first = self.tags_on(&channel, buffer);
-        let note = self.note_of(queue, Arc::clone(&channel));
-        let back = GivenBack { queue: queue.to_string(), channel, first, rest, note, is_gone: self.is_gone(queue) };
+        let last = buffer.back().map(|held| Arc::clone(&held.channel));
+        let (channel, rest) = rest.unzip();
+        let first = channel.or(last).map(|channel| {
+            let tags = self.tags_on(&channel, buffer);
+            (channel, tags)
+        });
+        if first.is_none() && pending.is_none() {
+            return;
+        }
+        let (note, is_gone) = (self.note_of(queue), self.is_gone(queue));
+        let back = GivenBack { queue: queue.to_string(), first, rest, pending, note, is_gone };
         self.intake(queue).give_back(&self.thread, back);
     }
 
@@ -307,16 +311,11 @@ impl Shared {
     }
 
     /// Notes that deliveries go back that nobody has looked at.
-    fn note_of(
-        self: &Arc<Self>,
-        queue: &Queue,
-        channel: Arc<IntakeChannel>,
-    ) -> Box<dyn FnOnce(Vec<lapin::message::Delivery>) + Send> {
+    fn note_of(self: &Arc<Self>, queue: &Queue) -> Note {
         let (shared, name, of) = (Arc::clone(self), queue.to_string(), queue.clone());
         Box::new(move |left| {
             for delivery in left {
-                let held = Held::new(delivery, &channel, &name, shared.trusted(&of), &shared.memory);
-                shared.memory.note(held.key, held.before);
+                shared.memory.note_unseen(delivery, &name, shared.trusted(&of));
             }
         })
     }

@@ -17,7 +17,7 @@ use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions}
 use lapin::uri::AMQPUri;
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Event};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 
 use super::wire::short;
 
@@ -83,9 +83,11 @@ pub(super) struct Session {
     silent: watch::Sender<bool>,
     /// Retry queues that are known to be there.
     retries: Mutex<BTreeSet<u64>>,
-    /// Something that belongs to no client was not there.
-    suspect: Notify,
+    /// An exchange was not there: nothing is moved on until everything is declared again.
+    suspect: watch::Sender<bool>,
     since: Instant,
+    /// Set when it is given up. Lapin tells those who wait for an answer nothing while the other end is silent.
+    ended: watch::Sender<bool>,
     /// Queues that were made in this session, so that they are known to have a leader; until that shows.
     led: Mutex<BTreeSet<String>>,
 }
@@ -104,8 +106,9 @@ impl Session {
             last_sign_ms: AtomicU64::new(0),
             silent: watch::Sender::new(false),
             retries: Mutex::default(),
-            suspect: Notify::new(),
+            suspect: watch::Sender::new(false),
             since: Instant::now(),
+            ended: watch::Sender::new(false),
             led: Mutex::default(),
         })
     }
@@ -197,10 +200,12 @@ impl Session {
         self.retries.lock().insert(seconds);
     }
 
-    /// An exchange was not there: everything that belongs to no client is to be declared again.
-    pub(super) fn suspect_topology(&self) {
-        self.forget_retries();
-        self.suspect.notify_one();
+    /// Notes whether an exchange was not there, and is to be declared again with all that is bound to it.
+    pub(super) fn set_suspect(&self, suspect: bool) {
+        if suspect {
+            self.forget_retries();
+        }
+        self.suspect.send_replace(suspect);
     }
 
     /// A retry queue was not there: each is declared again before it is used.
@@ -208,9 +213,9 @@ impl Session {
         self.retries.lock().clear();
     }
 
-    /// Resolves when the topology is suspect.
-    pub(super) async fn suspected(&self) {
-        self.suspect.notified().await;
+    /// Tells when that changes.
+    pub(super) fn suspicions(&self) -> watch::Receiver<bool> {
+        self.suspect.subscribe()
     }
 
     /// Why RabbitMQ takes no messages now, if so.
@@ -251,6 +256,11 @@ impl Session {
         self.silent.subscribe()
     }
 
+    /// Tells when it is given up.
+    pub(super) fn end(&self) -> watch::Receiver<bool> {
+        self.ended.subscribe()
+    }
+
     /// Follows alarms until the session ends. Resolves when a connection breaks.
     pub(super) async fn watch(&self) {
         let publishing = [Role::Ingress, Role::Relay].map(|role| self.connection(role));
@@ -289,6 +299,7 @@ impl Session {
 
     /// Closes every connection, as far as that can be told to the other end.
     pub(super) async fn close(&self) {
+        self.ended.send_replace(true);
         let close = self.connections.iter().map(|connection| connection.close(200, short("bye")));
         // Who does not answer is gone, or stuck behind an alarm; dropping the connection is all that is left.
         let _ = tokio::time::timeout(Duration::from_secs(2), futures_util::future::join_all(close)).await;
@@ -311,6 +322,6 @@ pub(super) async fn within<T>(
     call.unwrap_or_else(|_| Err(late(&format!("no answer within {limit:?}"))))
 }
 
-fn late(why: &str) -> lapin::Error {
+pub(super) fn late(why: &str) -> lapin::Error {
     std::io::Error::new(std::io::ErrorKind::TimedOut, why).into()
 }

@@ -57,11 +57,11 @@ pub(super) async fn settle(core: Arc<ConsumerCore>, settlements: Vec<Settlement>
         Ok(())
     } else {
         let shared = Arc::clone(&core.shared);
-        let count = moves.len();
-        core.begin_moving(count);
+        let places: Vec<u64> = moves.iter().map(|(held, _)| held.place).collect();
+        core.begin_moving(&places);
         let moved = async move {
             let moved = move_on(&core, order, moves).await;
-            core.end_moving(count);
+            core.end_moving(&places);
             moved
         };
         shared.thread.run(&action, moved).await
