@@ -17,7 +17,7 @@ use super::openapi::{
 };
 use super::query::Query;
 use super::route::{Answer, Call};
-use crate::actors::registry::{ClientRegistry, DeleteClient, GetActorStates};
+use crate::actors::registry::{ClientRegistry, DeleteClient, GetActorStates, RegistryError};
 use crate::broker::Depths;
 use crate::client::{ClientId, ClientRecord};
 
@@ -236,11 +236,18 @@ async fn depths(call: &Call, id: &ClientId) -> Option<Depths> {
 )]
 pub(crate) async fn patch(mut call: Call) -> Answer {
     call.admin()?;
-    let entry = call.existing(call.path("id"))?;
+    call.existing(call.path("id"))?;
     media(call.request.headers(), &[Media::MergePatch, Media::Json])?;
     let body = settings(&mut call).await?;
-    let patch = client_body::patch(&entry.record, &body, &call.api.state.config.webhook_allow)?;
-    let patched = ask(&call, patch).await??;
+    let patched = loop {
+        let entry = call.existing(call.path("id"))?;
+        let patch = client_body::patch(&entry.record, &body, &call.api.state.config.webhook_allow)?;
+        match ask(&call, patch).await? {
+            // Each time another change was carried out, so this ends.
+            Err(RegistryError::Changed(_)) => {}
+            answer => break answer?,
+        }
+    };
     let view = view(&call, &patched.record).with_secrets(None, patched.webhook_secret);
     Ok(HttpResponse::Ok().insert_header(("cache-control", "no-store")).json(view))
 }
