@@ -24,6 +24,9 @@ use crate::client::{ClientId, ClientRecord};
 /// How long the broker may take to say how deep a client's queues are, before the record is shown without.
 const DEPTHS_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long the long polls of a client whose webhook is set get to end.
+const POLLS_END_WITHIN: Duration = Duration::from_secs(1);
+
 /// A client to onboard.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"client_id": "noc-c2", "name": "NOC, C2 desk", "subscriptions": ["soar.noc.#"]}))]
@@ -248,6 +251,13 @@ pub(crate) async fn patch(mut call: Call) -> Answer {
             answer => break answer?,
         }
     };
+    if patched.record.is_pushed() {
+        // Long polls end over it; from the answer on the inbox is the webhook's alone.
+        let ended = call.api.budget.polls_ended(&patched.record.client_id);
+        if tokio::time::timeout(POLLS_END_WITHIN, ended).await.is_err() {
+            log::warn!("a long poll of {} goes on although a webhook is set", patched.record.client_id);
+        }
+    }
     let view = view(&call, &patched.record).with_secrets(None, patched.webhook_secret);
     Ok(HttpResponse::Ok().insert_header(("cache-control", "no-store")).json(view))
 }
