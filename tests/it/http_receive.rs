@@ -112,7 +112,7 @@ broker_tests! {
         assert_eq!(client.post("/nack").json(&body).send().await.ok(200)["settled"], 1);
         let dead = client.dead_letters(1).await;
         assert_eq!((&dead[0]["reason"], &dead[0]["queue"]), (&json!("rejected"), &json!("inbox")));
-        assert_eq!(dead[0]["envelope"]["id"], leased[0]["id"]);
+        assert_eq!((&dead[0]["envelope"]["id"], &dead[0]["attempts"]), (&leased[0]["id"], &json!(3)));
         client.wait_for_depth("inbox", 0).await;
     }
 
