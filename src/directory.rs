@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
+use tokio::sync::watch;
 
 use crate::client::{ClientId, ClientRecord};
 use crate::secret::SecretSlots;
@@ -25,6 +26,16 @@ pub struct ClientEntry {
     pub send_limiter: Option<Arc<crate::limits::SendLimiter>>,
     /// Whoever publishes for the client passes it first; shared by the entries that follow.
     pub gate: Arc<SendGate>,
+    /// Set by the directory when another entry takes the place of this one.
+    pub replaced: watch::Sender<bool>,
+}
+
+impl ClientEntry {
+    /// Waits until another entry has taken the place of this one. Safe to drop.
+    pub async fn replaced(&self) {
+        // The sender is this entry's own, so it is there.
+        let _ = self.replaced.subscribe().wait_for(|replaced| *replaced).await;
+    }
 }
 
 /// Counts the publishes of one client that are under way, and is closed when the client is deleted: what was let in
@@ -103,7 +114,10 @@ impl Directory {
     /// For the registry: adds or replaces.
     pub fn put(&self, entry: impl Into<Arc<ClientEntry>>) {
         let entry = entry.into();
-        self.clients.write().insert(entry.record.client_id.clone(), entry);
+        let before = self.clients.write().insert(entry.record.client_id.clone(), entry);
+        if let Some(before) = before {
+            before.replaced.send_replace(true);
+        }
     }
 
     /// For the registry: removes.

@@ -1,16 +1,19 @@
-//! Intake of what clients put into their outbox or notify queue by AMQP: from raw bytes to a [`Message`]. Pure.
+//! Intake: what makes a message right, for whatever way it comes by. Pure.
 //!
-//! HTTP has its own, richer validation, which names every wrong field; here the first error is enough, as it becomes
-//! a dead letter's reason.
+//! HTTP and WebSocket name every mistake; of what clients put into their outbox or notify queue by AMQP the first one is
+//! enough, as it ends up in the log.
 
-use serde::Deserialize;
+mod item;
+
 use serde_json::value::RawValue;
 
+pub(crate) use self::item::{Item, ItemVisitor, Members};
+use self::item::{is_too_deep, text};
 use crate::broker::Foreign;
 use crate::client::ClientId;
-use crate::envelope::{Draft, Message, MessageId, MessageIdError};
+use crate::envelope::{Draft, Message, MessageId};
 use crate::time::Timestamp;
-use crate::topic::{Topic, TopicError};
+use crate::topic::Topic;
 
 /// What the queue that it came through makes of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,21 +24,17 @@ pub enum Kind {
     Broadcast,
 }
 
-/// Why it cannot be read as a message.
+/// One thing that is wrong with a message.
 #[derive(Debug, thiserror::Error)]
-pub enum IntakeError {
-    /// Not a JSON object with the right members.
-    #[error("body is not {{\"topic\",\"message\",\"id\"?}}: {0}")]
-    Json(#[from] serde_json::Error),
-    /// An outbox message without a topic.
-    #[error("topic is missing")]
-    NoTopic,
-    /// Not a topic.
-    #[error("topic {0}")]
-    Topic(#[from] TopicError),
-    /// Not an id.
-    #[error("id {0}")]
-    Id(#[from] MessageIdError),
+pub enum Mistake {
+    /// A member is missing, or not what it should be.
+    #[error("{name} {detail}")]
+    Member {
+        /// Which.
+        name: &'static str,
+        /// What is wrong with it.
+        detail: String,
+    },
     /// `message` is longer than `SOAR_MAX_MESSAGE_BYTES`.
     #[error("message has {bytes} bytes, at most {max} are taken")]
     TooLarge {
@@ -44,14 +43,70 @@ pub enum IntakeError {
         /// The limit.
         max: usize,
     },
+    /// Many a JSON reader could not read `message`.
+    #[error("message is nested too deep")]
+    TooDeep,
 }
 
-#[derive(Deserialize)]
-struct Body<'a> {
-    topic: Option<String>,
-    #[serde(borrow)]
-    message: &'a RawValue,
-    id: Option<String>,
+/// Why it cannot be read as a message.
+#[derive(Debug, thiserror::Error)]
+pub enum IntakeError {
+    /// Not UTF-8, which JSON is.
+    #[error("body is not UTF-8")]
+    NotUtf8(#[from] std::str::Utf8Error),
+    /// Not JSON.
+    #[error("body is not JSON: {0}")]
+    NotJson(#[from] serde_json::Error),
+    /// JSON of another type.
+    #[error("body is not an object")]
+    NotAnObject,
+    /// It has not the right members.
+    #[error(transparent)]
+    Mistake(#[from] Mistake),
+}
+
+/// Judges a message by its members.
+///
+/// # Errors
+/// Every [`Mistake`], at least one.
+pub(crate) fn check<'a>(
+    members: &Members<'a>,
+    kind: Kind,
+    max_message_bytes: usize,
+) -> Result<Draft<'a>, Vec<Mistake>> {
+    let mut mistakes = Vec::new();
+    let mut wrong = |name: &'static str, detail: String| mistakes.push(Mistake::Member { name, detail });
+    for name in &members.repeated {
+        wrong(name, "is given more than once".into());
+    }
+    let topic = match (kind, members.topic) {
+        (Kind::Broadcast, _) => Ok(None),
+        (Kind::Topic, None) => Err("is required".into()),
+        (Kind::Topic, Some(raw)) => parsed(raw, Topic::parse).map(Some),
+    };
+    let topic = topic.map_err(|detail| wrong("topic", detail)).ok();
+    let id = members.id.map(|raw| parsed(raw, MessageId::parse)).transpose();
+    let id = id.map_err(|detail| wrong("id", detail)).ok();
+    match members.message {
+        None => wrong("message", "is required".into()),
+        Some(message) if message.get().len() > max_message_bytes => {
+            mistakes.push(Mistake::TooLarge { bytes: message.get().len(), max: max_message_bytes });
+        }
+        Some(message) if is_too_deep(message.get()) => mistakes.push(Mistake::TooDeep),
+        Some(_) => {}
+    }
+    match (topic, id, members.message) {
+        (Some(topic), Some(id), Some(message)) if mistakes.is_empty() => {
+            Ok(Draft { id, topic, message, traceparent: None })
+        }
+        _ => Err(mistakes),
+    }
+}
+
+/// A member that must be a string, parsed.
+fn parsed<T, E: ToString>(raw: &RawValue, parse: impl Fn(&str) -> Result<T, E>) -> Result<T, String> {
+    let text = text(raw).ok_or("must be a string")?;
+    parse(&text).map_err(|error| error.to_string())
 }
 
 /// Reads a foreign publish as a message of `sender`, the owner of the queue that it came through. The sender's own id
@@ -66,18 +121,17 @@ pub fn parse_foreign(
     max_message_bytes: usize,
     now: Timestamp,
 ) -> Result<Message, IntakeError> {
-    let body: Body<'_> = serde_json::from_slice(&foreign.body)?;
-    let bytes = body.message.get().len();
-    if bytes > max_message_bytes {
-        return Err(IntakeError::TooLarge { bytes, max: max_message_bytes });
-    }
-    let topic = match kind {
-        Kind::Topic => Some(Topic::parse(body.topic.as_deref().ok_or(IntakeError::NoTopic)?)?),
-        Kind::Broadcast => None,
+    let Item::Object(members) = serde_json::from_str(std::str::from_utf8(&foreign.body)?)? else {
+        return Err(IntakeError::NotAnObject);
     };
-    let id = body.id.as_deref().or(foreign.message_id.as_deref()).map(MessageId::parse).transpose()?;
+    let draft = check(&members, kind, max_message_bytes).map_err(|mut mistakes| mistakes.swap_remove(0))?;
+    let property = || {
+        let parsed = foreign.message_id.as_deref().map(MessageId::parse).transpose();
+        parsed.map_err(|error| Mistake::Member { name: "id", detail: error.to_string() })
+    };
+    let id = if draft.id.is_some() { draft.id } else { property()? };
     let traceparent = foreign.traceparent.as_deref().and_then(parse_traceparent);
-    Ok(Message::accept(sender, Draft { id, topic, message: body.message, traceparent }, now))
+    Ok(Message::accept(sender, Draft { id, traceparent, ..draft }, now))
 }
 
 /// Longest `traceparent` that is carried on, in bytes. Version 00 has 55; later ones may add to it.
@@ -136,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_broadcast_needs_no_topic_and_ignores_one() {
-        for body in [r#"{"message":1}"#, r#"{"message":1,"topic":"..."}"#] {
+        for body in [r#"{"message":1}"#, r#"{"message":1,"topic":"..."}"#, r#"{"message":1,"topic":7}"#] {
             assert_eq!(read(body, Kind::Broadcast).expect("is a message").topic, None);
         }
     }
@@ -146,13 +200,15 @@ mod tests {
         for (body, why) in [
             ("", "body is not"),
             ("[]", "body is not"),
-            ("{\"topic\":\"a\"}", "missing field `message`"),
-            ("{\"message\":1}", "topic is missing"),
+            ("null", "body is not"),
+            ("{\"topic\":\"a\"}", "message is required"),
+            ("{\"message\":1}", "topic is required"),
             ("{\"message\":1,\"topic\":\"a..b\"}", "topic must not"),
-            ("{\"message\":1,\"topic\":7}", "invalid type"),
+            ("{\"message\":1,\"topic\":7}", "topic must be a string"),
+            ("{\"message\":1,\"topic\":\"a\",\"id\":null}", "id must be a string"),
             ("{\"message\":1,\"topic\":\"a\",\"id\":\"a.b\"}", "id must be"),
             ("{\"message\":\"12345678901234567890\",\"topic\":\"a\"}", "22 bytes"),
-            ("{\"message\":1,\"message\":2,\"topic\":\"a\"}", "duplicate field"),
+            ("{\"message\":1,\"message\":2,\"topic\":\"a\"}", "message is given more than once"),
             ("{\"message\":1,\"topic\":\"a\"} x", "trailing"),
         ] {
             let error = read(body, Kind::Topic).expect_err(body).to_string();
@@ -168,11 +224,15 @@ mod tests {
     }
 
     #[test]
-    fn depth_does_not_overflow_the_stack() {
-        let deep = format!("{{\"topic\":\"a\",\"message\":{}{}}}", "[".repeat(500_000), "]".repeat(500_000));
-        let foreign = Foreign { body: deep.into(), message_id: None, traceparent: None };
+    fn what_is_nested_deeper_than_readers_go_is_refused_without_a_deep_stack() {
         let sender = ClientId::parse("a").expect("test id");
-        assert!(parse_foreign(&foreign, &sender, Kind::Topic, 1 << 20, Timestamp::from_millis(0)).is_ok());
+        for (levels, taken) in [(128, true), (129, false), (500_000, false)] {
+            let deep = format!("{{\"topic\":\"a\",\"message\":{}{}}}", "[".repeat(levels), "]".repeat(levels));
+            let foreign = Foreign { body: deep.into(), message_id: None, traceparent: None };
+            let read = parse_foreign(&foreign, &sender, Kind::Topic, 1 << 20, Timestamp::from_millis(0));
+            assert_eq!(read.is_ok(), taken, "{levels}");
+            assert!(taken || matches!(read, Err(IntakeError::Mistake(Mistake::TooDeep))), "{read:?}");
+        }
     }
 
     #[test]

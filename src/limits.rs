@@ -8,8 +8,8 @@ use governor::{DefaultDirectRateLimiter, Quota};
 use parking_lot::Mutex;
 use std::time::Instant;
 
-/// A client's `send_per_s`. A batch is taken whole whenever the rate has recovered; then the rate must recover from
-/// all of it (contract, section 10).
+/// A client's `send_per_s`: so many messages at once, and then as many a second. A batch beyond that is taken whole when
+/// the rate has recovered altogether; then it must recover from all of it (contract, section 10).
 #[derive(Debug)]
 pub struct SendLimiter {
     per_s: NonZeroU32,
@@ -37,12 +37,14 @@ impl SendLimiter {
         let now = Instant::now();
         let mut busy_until = self.busy_until.lock();
         let burst = Duration::from_secs(1);
-        let wait = busy_until.saturating_duration_since(now + burst);
+        // Rounded down, so that single messages never cost more than a batch of them.
+        let cost = Duration::from_nanos((messages as u64).saturating_mul(1_000_000_000) / u64::from(self.per_s.get()));
+        let free = (*busy_until).max(now);
+        let wait = (free + cost.min(burst)).saturating_duration_since(now + burst);
         if !wait.is_zero() {
             return Err(wait);
         }
-        let cost = Duration::from_secs_f64(messages as f64 / f64::from(self.per_s.get()));
-        *busy_until = (*busy_until).max(now) + cost;
+        *busy_until = free + cost;
         Ok(())
     }
 }
@@ -92,6 +94,23 @@ mod tests {
         assert_eq!(limiter.take(100), Ok(()));
         let wait = limiter.take(1).expect_err("the batch used up ten seconds");
         assert!(wait > Duration::from_secs(8) && wait <= Duration::from_secs(10), "{wait:?}");
+    }
+
+    #[test]
+    fn what_is_within_the_rate_is_taken_and_no_more() {
+        for per_s in [1, 3, 7, 100, 1_000_000] {
+            let limiter = || SendLimiter::new(NonZeroU32::new(per_s).expect("not zero"));
+            let singles = limiter();
+            let taken = (0..per_s).filter(|_| singles.take(1).is_ok()).count();
+            assert_eq!(taken, per_s as usize);
+            let batches = limiter();
+            assert_eq!(batches.take(per_s as usize), Ok(()));
+            let wait = batches.take(per_s as usize).expect_err("the first used up the second");
+            assert!(wait > Duration::from_millis(500) && wait <= Duration::from_secs(1), "{wait:?}");
+        }
+        let slow = SendLimiter::new(NonZeroU32::new(5).expect("not zero"));
+        assert_eq!((0..10).filter(|_| slow.take(1).is_ok()).count(), 5);
+        assert_eq!(SendLimiter::new(NonZeroU32::new(5).expect("not zero")).take(6), Ok(()));
     }
 
     #[test]

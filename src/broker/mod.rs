@@ -369,7 +369,7 @@ pub struct DeadLetter {
     pub origin: Origin,
     /// Why.
     pub reason: DeadReason,
-    /// Delivery attempts made.
+    /// Delivery attempts made: calls of the webhook, or how often whoever rejected it was handed it.
     pub attempts: u32,
     /// When.
     pub died_at: Timestamp,

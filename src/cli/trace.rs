@@ -7,7 +7,7 @@ use serde::Deserialize;
 use super::api::Call;
 use super::context::Context;
 use super::error::CliError;
-use super::output::{pairs, printable, table};
+use super::output::{count, pairs, printable, table};
 
 /// Show the way of a recent message through the backbone
 ///
@@ -16,6 +16,9 @@ use super::output::{pairs, printable, table};
 pub(crate) struct Trace {
     /// The message's id
     id: String,
+    /// Whose message, where several clients have chosen the same id (admin)
+    #[arg(long, value_name = "CLIENT")]
+    sender: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -28,6 +31,10 @@ struct Way {
     state: String,
     #[serde(default)]
     hops: Vec<Hop>,
+    #[serde(default)]
+    hops_left_out: u64,
+    #[serde(default)]
+    others: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -38,12 +45,17 @@ struct Hop {
     step: String,
     inbox: Option<String>,
     pattern: Option<String>,
+    reason: Option<String>,
 }
 
 impl Trace {
     pub(crate) async fn run(self, context: &mut Context) -> Result<(), CliError> {
         let who = context.admin_or_client()?;
-        let answer = context.api()?.call(&Call::new(Method::GET, &["messages", &self.id], &who)).await?;
+        let mut call = Call::new(Method::GET, &["messages", &self.id], &who);
+        if let Some(sender) = &self.sender {
+            call = call.query("sender", sender);
+        }
+        let answer = context.api()?.call(&call).await?;
         if context.out.json {
             return context.out.json_as_is(&answer);
         }
@@ -56,14 +68,23 @@ impl Trace {
             ("state", way.state),
         ]))?;
         context.out.line("")?;
-        let mut rows = table(["at", "after", "step", "inbox", "pattern"]);
+        let mut rows = table(["at", "after", "step", "inbox", "pattern", "reason"]);
         let start = way.hops.first().map(|hop| hop.at.clone()).unwrap_or_default();
         for hop in way.hops {
             let dash = |text: Option<String>| printable(&text.unwrap_or_else(|| "-".into()));
             let after = since(&start, &hop.at);
-            rows.add_row([printable(&hop.at), after, printable(&hop.step), dash(hop.inbox), dash(hop.pattern)]);
+            let step = printable(&hop.step);
+            rows.add_row([printable(&hop.at), after, step, dash(hop.inbox), dash(hop.pattern), dash(hop.reason)]);
         }
-        context.out.table(&rows)
+        context.out.table(&rows)?;
+        if way.hops_left_out > 0 {
+            context.out.line(format!("and {} that were counted only", count(way.hops_left_out, "step")))?;
+        }
+        if !way.others.is_empty() {
+            let others = printable(&way.others.join(", "));
+            context.out.line(format!("also sent with this id by {others}: see --sender"))?;
+        }
+        Ok(())
     }
 }
 

@@ -221,7 +221,7 @@ impl Judge {
                 3600,
                 "seconds",
             )),
-            log_filter: v.rust_log.unwrap_or(default.log_filter),
+            log_filter: self.log_filter(v.rust_log).unwrap_or(default.log_filter),
             warnings: Vec::new(),
         }
     }
@@ -360,6 +360,19 @@ impl Judge {
         Some(text.trim().into())
     }
 
+    fn log_filter(&mut self, text: Option<String>) -> Option<String> {
+        let text = text?;
+        if !is_log_filter(&text) {
+            self.wrong(
+                "RUST_LOG",
+                Some(text),
+                "off, error, warn, info, debug or trace, or target=level, comma-separated",
+            );
+            return None;
+        }
+        Some(text)
+    }
+
     fn networks(&mut self, text: Option<String>) -> Vec<ipnet::IpNet> {
         let mut networks = Vec::new();
         for item in text.as_deref().unwrap_or("").split(',').map(str::trim).filter(|item| !item.is_empty()) {
@@ -384,6 +397,19 @@ fn url_with_host(text: &str) -> Option<&str> {
     let url = reqwest::Url::parse(text).ok()?;
     url.host_str().filter(|host| !host.is_empty())?;
     text.split_once("://").map(|(scheme, _)| scheme)
+}
+
+/// Whether env_logger can read all of it; what it cannot it leaves out. A word alone would be a target, which logs
+/// everything, while all else falls silent: taken for this program's modules only, as it is a misspelt level otherwise.
+fn is_log_filter(text: &str) -> bool {
+    let is_level = |level: &str| level.trim().parse::<log::LevelFilter>().is_ok();
+    let (directives, contains) = text.split_once('/').unwrap_or((text, ""));
+    let mut directives = directives.split(',').map(str::trim).filter(|directive| !directive.is_empty());
+    !contains.contains('/')
+        && directives.all(|directive| match directive.split_once('=') {
+            Some((target, level)) => !target.trim().is_empty() && (level.trim().is_empty() || is_level(level)),
+            None => is_level(directive) || directive == "backbone" || directive.starts_with("backbone::"),
+        })
 }
 
 fn hours(hours: u64) -> Duration {
@@ -498,13 +524,35 @@ mod tests {
             ("SOAR_WEBHOOK_CA", "/nonexistent"),
             ("SOAR_ATTEMPT_RETENTION", "1.5"),
             ("SOAR_SHUTDOWN_TIMEOUT", "soon"),
+            ("RUST_LOG", "loud"),
         ])
         .expect_err("all are wrong");
         let text = errors.to_string();
-        assert_eq!(errors.0.len(), 17, "{text}");
-        assert_eq!(text.lines().count(), 17);
+        assert_eq!(errors.0.len(), 18, "{text}");
+        assert_eq!(text.lines().count(), 18);
         assert!(!text.contains("hunter2"), "{text}");
         assert!(text.contains("SOAR_TOKEN_LIFETIME=0: expected a whole number of hours, 1 to 8760"), "{text}");
+    }
+
+    #[test]
+    fn a_log_filter_is_one_that_env_logger_reads_whole() {
+        for good in [
+            "info",
+            "DEBUG",
+            "off",
+            "info,backbone::webhook=debug",
+            " warn , lapin = trace ,",
+            "backbone",
+            "backbone::http",
+            "backbone=",
+            "backbone=debug,info/noc-c2",
+        ] {
+            assert_eq!(config(&[("RUST_LOG", good)]).expect(good).log_filter, good);
+        }
+        for bad in ["loud", "debgu", "info,backbone=loud", "info;debug", "a=b=c", "=info", "info/a/b"] {
+            let errors = config(&[("RUST_LOG", bad)]).expect_err(bad);
+            assert_eq!(errors.0[0].variable, "RUST_LOG");
+        }
     }
 
     #[test]

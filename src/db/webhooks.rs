@@ -218,6 +218,22 @@ impl WebhookTables {
         Ok(notes.unwrap_or_default())
     }
 
+    /// When the client's last attempt failed that is still kept.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub async fn last_failure(&self, client: &ClientId) -> Result<Option<Timestamp>, DbError> {
+        let client = client.clone();
+        self.db
+            .read(move |connection| {
+                connection
+                    .prepare_cached("SELECT max(at_ms) FROM webhook_attempts WHERE client_id = ?1 AND failed")?
+                    .query_row([client.as_str()], |row| row.get::<_, Option<i64>>(0))
+            })
+            .await
+            .map(|at_ms| at_ms.map(Timestamp::from_millis))
+    }
+
     /// Notes, or clears when there is nothing to note.
     ///
     /// # Errors

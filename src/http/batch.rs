@@ -8,16 +8,13 @@ use std::fmt;
 use std::io::BufRead as _;
 
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde_json::value::RawValue;
 
 use super::body::not_json;
 use super::error::{Errors, Problem};
-use super::item::{Item, ItemVisitor, Members, is_too_deep, text};
 use crate::client::ClientId;
-use crate::envelope::{Draft, Message, MessageId};
-use crate::intake::Kind;
+use crate::envelope::{Draft, Message};
+use crate::intake::{self, Item, ItemVisitor, Kind, Members, Mistake};
 use crate::time::Timestamp;
-use crate::topic::Topic;
 
 /// Most messages in one request. Each costs some hundred bytes besides its own, so bytes alone bound nothing.
 pub(crate) const MESSAGES_MAX: usize = 100_000;
@@ -138,8 +135,8 @@ impl Batch {
                 return;
             }
         };
-        if let Some((draft, message)) = self.check(index, &members) {
-            let message = Message::accept(&self.sender, Draft { message, ..draft }, self.now);
+        if let Some(draft) = self.check(index, &members) {
+            let message = Message::accept(&self.sender, draft, self.now);
             self.ids.push('"');
             for c in message.id.as_str().chars() {
                 if matches!(c, '"' | '\\') {
@@ -152,57 +149,29 @@ impl Batch {
         }
     }
 
-    fn check<'a>(&mut self, index: Option<usize>, members: &Members<'a>) -> Option<(Draft<'a>, &'a RawValue)> {
-        for name in &members.repeated {
-            self.wrong(index, name, "is given more than once");
-        }
-        let topic = match (self.kind, members.topic) {
-            (Kind::Broadcast, _) => None,
-            (Kind::Topic, None) => {
-                self.wrong(index, "topic", "is required");
-                None
-            }
-            (Kind::Topic, Some(raw)) => match text(raw).map(|text| Topic::parse(&text)) {
-                Some(Ok(topic)) => Some(topic),
-                Some(Err(error)) => {
-                    self.wrong(index, "topic", error.to_string());
-                    None
-                }
-                None => {
-                    self.wrong(index, "topic", "must be a string");
-                    None
-                }
-            },
-        };
-        let id = members.id.and_then(|raw| match text(raw).map(|text| MessageId::parse(&text)) {
-            Some(Ok(id)) => Some(id),
-            Some(Err(error)) => {
-                self.wrong(index, "id", error.to_string());
-                None
-            }
-            None => {
-                self.wrong(index, "id", "must be a string");
-                None
-            }
-        });
-        let Some(message) = members.message else {
-            self.wrong(index, "message", "is required");
-            return None;
-        };
-        if message.get().len() > self.message_bytes_max {
-            let (at, max) = (self.pointer(index, "message"), self.message_bytes_max);
-            self.refuse(Problem::too_large(format!("`message` at {at} must not be longer than {max} bytes")));
-        } else if is_too_deep(message.get()) {
-            let at = self.pointer(index, "message");
-            self.refuse(Problem::invalid_json(format!("`message` at {at} is nested too deep to be read as JSON")));
-        }
+    fn check<'a>(&mut self, index: Option<usize>, members: &Members<'a>) -> Option<Draft<'a>> {
+        let checked = intake::check(members, self.kind, self.message_bytes_max);
+        let draft = checked.map_err(|mistakes| mistakes.into_iter().for_each(|mistake| self.note(index, mistake))).ok();
         if !self.errors.is_empty() || self.refusal.is_some() {
             // Nothing will be taken: no envelopes are needed any more, only the remaining mistakes.
             self.messages = Vec::new();
             self.ids = String::new();
             return None;
         }
-        Some((Draft { id, topic, message, traceparent: self.traceparent.clone() }, message))
+        draft.map(|draft| Draft { traceparent: self.traceparent.clone(), ..draft })
+    }
+
+    fn note(&mut self, index: Option<usize>, mistake: Mistake) {
+        let at = self.pointer(index, "message");
+        match mistake {
+            Mistake::Member { name, detail } => self.wrong(index, name, detail),
+            Mistake::TooLarge { max, .. } => {
+                self.refuse(Problem::too_large(format!("`message` at {at} must not be longer than {max} bytes")));
+            }
+            Mistake::TooDeep => {
+                self.refuse(Problem::invalid_json(format!("`message` at {at} is nested too deep to be read as JSON")));
+            }
+        }
     }
 
     fn pointer(&self, index: Option<usize>, name: &str) -> String {

@@ -2,6 +2,7 @@ use serde_json::json;
 
 use super::*;
 use crate::http::error::Code;
+use crate::topic::Topic;
 
 const MESSAGE_BYTES_MAX: usize = 1000;
 

@@ -48,6 +48,9 @@ const ANSWERS_MAX_BYTES: usize = 256 << 20;
 const POLLS_PER_CLIENT: usize = 1_000;
 const POLLS_MAX: usize = 10_000;
 
+/// How often whoever waits for the end of long polls looks.
+const POLLS_LOOK_EVERY: Duration = Duration::from_millis(5);
+
 /// Shares kept before idle ones are looked for; more when more are in use.
 const SHARES_KEPT: usize = 1_024;
 
@@ -167,6 +170,14 @@ impl Budget {
             return Err(Problem::rate_limited("too many long polls at once; use wait=0", Duration::from_secs(1)));
         }
         Ok(place)
+    }
+
+    /// Waits until the client has no long poll left.
+    pub(crate) async fn polls_ended(&self, client: &ClientId) {
+        let share = self.share(client);
+        while share.polls.load(Ordering::Relaxed) > 0 {
+            tokio::time::sleep(POLLS_LOOK_EVERY).await;
+        }
     }
 }
 

@@ -68,6 +68,7 @@ pub(crate) fn patch(record: &ClientRecord, body: &Map<String, Value>, allow: &[I
     }
     let patch = PatchClient {
         client_id: Some(record.client_id.clone()),
+        merged_with: Some(record.clone()),
         name: names("name").then(|| name(&mut fields)),
         subscriptions: names("subscriptions").then(|| subscriptions(&mut fields)),
         webhook: names("webhook")

@@ -17,12 +17,15 @@ use super::openapi::{
 };
 use super::query::Query;
 use super::route::{Answer, Call};
-use crate::actors::registry::{ClientRegistry, DeleteClient, GetActorStates};
+use crate::actors::registry::{ClientRegistry, DeleteClient, GetActorStates, RegistryError};
 use crate::broker::Depths;
 use crate::client::{ClientId, ClientRecord};
 
 /// How long the broker may take to say how deep a client's queues are, before the record is shown without.
 const DEPTHS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long the long polls of a client whose webhook is set get to end.
+const POLLS_END_WITHIN: Duration = Duration::from_secs(1);
 
 /// A client to onboard.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -236,11 +239,25 @@ async fn depths(call: &Call, id: &ClientId) -> Option<Depths> {
 )]
 pub(crate) async fn patch(mut call: Call) -> Answer {
     call.admin()?;
-    let entry = call.existing(call.path("id"))?;
+    call.existing(call.path("id"))?;
     media(call.request.headers(), &[Media::MergePatch, Media::Json])?;
     let body = settings(&mut call).await?;
-    let patch = client_body::patch(&entry.record, &body, &call.api.state.config.webhook_allow)?;
-    let patched = ask(&call, patch).await??;
+    let patched = loop {
+        let entry = call.existing(call.path("id"))?;
+        let patch = client_body::patch(&entry.record, &body, &call.api.state.config.webhook_allow)?;
+        match ask(&call, patch).await? {
+            // Each time another change was carried out, so this ends.
+            Err(RegistryError::Changed(_)) => {}
+            answer => break answer?,
+        }
+    };
+    if patched.record.is_pushed() {
+        // Long polls end over it; from the answer on the inbox is the webhook's alone.
+        let ended = call.api.budget.polls_ended(&patched.record.client_id);
+        if tokio::time::timeout(POLLS_END_WITHIN, ended).await.is_err() {
+            log::warn!("a long poll of {} goes on although a webhook is set", patched.record.client_id);
+        }
+    }
     let view = view(&call, &patched.record).with_secrets(None, patched.webhook_secret);
     Ok(HttpResponse::Ok().insert_header(("cache-control", "no-store")).json(view))
 }

@@ -36,7 +36,7 @@ pub(crate) struct DeadLetterView {
     queue: Origin,
     #[schema(value_type = ReasonView)]
     reason: DeadReason,
-    /// Delivery attempts made.
+    /// Delivery attempts made: calls of the webhook; of a `rejected` one its `deliveries`.
     attempts: u32,
     /// RFC 3339 in UTC.
     #[schema(value_type = String, format = "date-time")]

@@ -387,6 +387,8 @@ impl From<RegistryError> for Problem {
             RegistryError::Exists(id) => {
                 Self::new(Code::ClientExists, format!("there is a client {id} already; PATCH /clients/{id} changes it"))
             }
+            // Whoever merges a patch does it again, and so nobody else sees it.
+            RegistryError::Changed(_) => Self::internal(chain(&error)),
             RegistryError::NotFound(id) => Self::not_found(format!("there is no client {id}")),
             RegistryError::NoWebhook(id) => Self::not_found(format!("client {id} has no webhook, so no secret of one")),
             RegistryError::ShuttingDown => Self::shutting_down(),

@@ -3,7 +3,7 @@
 //! # Layout
 //! - [`edge`] is around everything: request ids, problems, counters. [`route`] is a path with its methods, and what a
 //!   handler gets and returns. [`error`] is the problem; [`auth`] says who calls; [`server`] listens.
-//! - [`body`], [`query`], [`fields`] read requests and name every mistake; [`item`] and [`batch`] read messages;
+//! - [`body`], [`query`], [`fields`] read requests and name every mistake; [`batch`] reads messages;
 //!   [`budget`] bounds what large bodies, large answers and long polls may take.
 //! - One file per resource: [`send`], [`receive`] (with [`envelopes`]), [`settle`], [`token`], [`clients`] (with
 //!   [`client_body`] and [`client_view`]), [`secrets`], [`webhooks`], [`dead_letters`], [`health`], [`openapi`].
@@ -28,7 +28,6 @@ mod envelopes;
 mod error;
 mod fields;
 mod health;
-mod item;
 mod messages;
 mod openapi;
 mod pages;

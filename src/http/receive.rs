@@ -1,9 +1,10 @@
 //! `GET /receive`: a client pulls its inbox.
 //!
-//! A long poll waits inside [`crate::broker::Broker::pull`]. When its peer hangs up, the connection drops this
+//! A long poll waits inside [`crate::broker::Broker::pull`], and ends with 409 when a webhook is set meanwhile. When its peer hangs up, the connection drops this
 //! handler's future, and with it the pull, before anything was taken; see [`super::server`].
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use actix_web::HttpResponse;
@@ -18,9 +19,10 @@ use super::query::Query;
 use super::route::{Answer, Call};
 use crate::broker::{BrokerError, Health, PullMode, Pulled};
 use crate::client::ClientRecord;
+use crate::directory::{ClientEntry, Directory};
 
-/// What a pull that has already taken something gets to finish in when the backbone stops, so that its batch is
-/// answered and not lost.
+/// What a pull that has already taken something gets to finish in when it is to end, so that its batch is answered and
+/// not lost.
 const CLOSING_GRACE: Duration = Duration::from_millis(100);
 
 /// What a client receives.
@@ -112,22 +114,42 @@ pub(crate) async fn receive(call: Call) -> Answer {
     if pulled.is_empty() && !wait.is_zero() {
         drop(turn);
         let _place = api.budget.poll(id)?;
-        pulled = until_closing(&call, api.state.broker.pull(id, max, wait, mode)).await?;
+        pulled = while_it_may(&call, &client, api.state.broker.pull(id, max, wait, mode)).await?;
+        // What it took just before is handed over all the same: it may have been removed.
+        if pulled.is_empty()
+            && let Some(now) = api.state.directory.get(id.as_str())
+        {
+            refuse_when_pushed(&now.record)?;
+        }
     }
     let body = envelopes::body(pulled, |bytes| api.budget.answer(id, bytes));
     Ok(HttpResponse::Ok().content_type("application/json").insert_header(("cache-control", "no-store")).body(body))
 }
 
-/// Waits for a pull, or until the backbone shuts down; then there is nothing more.
-async fn until_closing(
+/// Waits for a pull, or until there is nothing more to wait for: the backbone shuts down, or the inbox is a webhook's.
+async fn while_it_may(
     call: &Call,
+    client: &Arc<ClientEntry>,
     pull: impl Future<Output = Result<Vec<Pulled>, BrokerError>>,
 ) -> Result<Vec<Pulled>, BrokerError> {
     let mut shutdown = call.api.state.shutdown.clone();
     let closing = pin!(shutdown.wait_for(|closing| *closing));
-    match select(pin!(pull), closing).await {
+    let pushed = pin!(until_pushed(&call.api.state.directory, Arc::clone(client)));
+    match select(pin!(pull), select(closing, pushed)).await {
         Either::Left((pulled, _)) => pulled,
         Either::Right((_, pull)) => tokio::time::timeout(CLOSING_GRACE, pull).await.unwrap_or(Ok(Vec::new())),
+    }
+}
+
+/// Waits until the client has a webhook.
+async fn until_pushed(directory: &Directory, mut client: Arc<ClientEntry>) {
+    while !client.record.is_pushed() {
+        client.replaced().await;
+        match directory.get(client.record.client_id.as_str()) {
+            Some(entry) => client = entry,
+            // The broker tells whoever pulls from an inbox that was deleted.
+            None => std::future::pending().await,
+        }
     }
 }
 

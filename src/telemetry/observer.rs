@@ -344,6 +344,7 @@ mod tests {
             incarnation: 1,
             send_limiter: None,
             gate: std::sync::Arc::default(),
+            replaced: Default::default(),
         }
     }
 

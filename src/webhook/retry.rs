@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use super::settings::RETRY_S_MAX;
 use crate::time::Timestamp;
 
-/// The longest `Retry-After` that is honoured: a day. An endpoint that asks for more is tried again after a day, so
-/// that a mistaken header cannot park a message for good.
-pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(86_400);
+/// The longest `Retry-After` that is honoured: 14 days, as the longest wait of a schedule. An endpoint that asks for more
+/// is tried again then, so that a mistaken header cannot park a message for good.
+pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(RETRY_S_MAX as u64);
 
 /// Jitter of a scheduled wait, up and down; of a `Retry-After`, up only.
 const JITTER: f64 = 0.2;
@@ -69,6 +70,9 @@ mod tests {
         for roll in [0.0, 0.3, 1.0] {
             let wait = next_wait(&[5], 1, Some(SECOND * 60), roll).expect("a retry is left");
             assert!(wait >= SECOND * 60 && wait <= SECOND * 72, "{wait:?}");
+            let two_weeks = SECOND * 1_209_600;
+            let wait = next_wait(&[5], 1, Some(two_weeks), roll).expect("a retry is left");
+            assert!(wait >= two_weeks && wait <= two_weeks.mul_f64(1.2), "{wait:?}");
             let wait = next_wait(&[5], 1, Some(SECOND * 10_000_000), roll).expect("a retry is left");
             assert!(wait >= RETRY_AFTER_MAX && wait <= RETRY_AFTER_MAX.mul_f64(1.2), "{wait:?}");
         }
@@ -82,6 +86,7 @@ mod tests {
         let now = Timestamp::from_millis(784_111_740_000);
         for (value, wait) in [
             ("120", Some(SECOND * 120)),
+            ("1209600", Some(SECOND * 1_209_600)),
             (" 0 ", Some(Duration::ZERO)),
             ("99999999999999999999999", Some(RETRY_AFTER_MAX)),
             ("Sun, 06 Nov 1994 08:49:37 GMT", Some(SECOND * 37)),

@@ -28,7 +28,7 @@ const RATE_PER_S: std::ops::RangeInclusive<u32> = 1..=100_000;
 /// Most retries.
 const RETRIES_MAX: usize = 30;
 /// Longest wait before one retry: 14 days, well inside what a broker can delay with jitter added.
-const RETRY_S_MAX: u32 = 14 * 86_400;
+pub(super) const RETRY_S_MAX: u32 = 14 * 86_400;
 
 /// Ports that no web server listens on, because browsers do not go there: the Fetch standard's "bad ports"
 /// (<https://fetch.spec.whatwg.org/#port-blocking>). A POST to a mail or IRC server is an attack, not a delivery.

@@ -148,12 +148,14 @@ rabbitmq_tests! {
         let sender = app.onboard("sender", &[]).await;
         let other = app.onboard("other", &["x"]).await;
         // A topic is ignored there, even one that is none.
-        app.peer.put("sender-notify", r#"{"message": ["to", "all"], "topic": "not a topic"}"#).await;
-        for receiver in [&sender, &other] {
-            let came = receiver.receive_exactly(1, "").await;
-            assert_eq!((&came[0]["broadcast"], &came[0]["sender"]), (&json!(true), &json!("sender")));
-            assert!(came[0].get("topic").is_none(), "{came:?}");
-            assert_eq!(came[0]["message"], json!(["to", "all"]));
+        for topic in [json!("not a topic"), json!(7)] {
+            app.peer.put("sender-notify", json!({"message": ["to", "all"], "topic": topic}).to_string()).await;
+            for receiver in [&sender, &other] {
+                let came = receiver.receive_exactly(1, "").await;
+                assert_eq!((&came[0]["broadcast"], &came[0]["sender"]), (&json!(true), &json!("sender")));
+                assert!(came[0].get("topic").is_none(), "{came:?}");
+                assert_eq!(came[0]["message"], json!(["to", "all"]));
+            }
         }
     }
 
@@ -273,9 +275,11 @@ rabbitmq_tests! {
         let long = "y".repeat(MAX_MESSAGE_BYTES);
         let too_long = |with: &str| format!(r#"{{{with}"message":"{long}"}}"#).into_bytes();
         let deep = [b"{\"message\":".to_vec(), b"[".repeat(200_000)].concat();
+        let nested = |levels| format!("{{\"topic\":\"x\",\"message\":{}{}}}", "[".repeat(levels), "]".repeat(levels)).into_bytes();
         let anywhere: Vec<Vec<u8>> = vec![
             b"".to_vec(), b"not JSON".to_vec(), b"\xff\xfe\x00binary".to_vec(), b"null".to_vec(), b"[]".to_vec(),
             b"{}".to_vec(), b"{\"topic\":\"x\"}".to_vec(), b"{\"message\":\"\xff\"}".to_vec(), deep,
+            nested(129), b"{\"topic\":\"x\",\"message\":1,\"id\":null}".to_vec(),
             b"{\"topic\":\"x\",\"message\":1,\"id\":5}".to_vec(), b"{\"topic\":\"x\",\"message\":1,\"id\":\"a.b\"}".to_vec(),
             b"{\"topic\":\"x\",\"message\":1,\"id\":\"\"}".to_vec(), b"{\"topic\":\"x\",\"message\":1} trailing".to_vec(),
             b"{\"topic\":\"x\",\"message\":NaN}".to_vec(), b"{\"topic\":\"x\",\"message\":1,\"message\":2}".to_vec(),

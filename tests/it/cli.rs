@@ -329,11 +329,20 @@ broker_tests! {
         })
         .await;
         assert!(["accepted", "noc-c2", "a.#", "a.b"].iter().all(|part| way.stdout.contains(part)), "{way:?}");
+        let other = app.onboard("other", &[]).await;
+        Cli::new(app, &["send", "a.b", "2", "--id", "my-own"]).by(&other).run().await.ok();
+        let taken = client.receive_exactly(1, "ack=manual").await;
+        client.post("/nack").json(&json!({"receipts": receipts(&taken), "dead": true})).send().await.ok(200);
+        eventually("the other's way is known to its end", SOON, async || {
+            let way = Cli::new(app, &["trace", "my-own", "--sender", "other"]).run().await;
+            (way.ok().contains("rejected") && way.stdout.contains("by noc-c2: see --sender")).then_some(())
+        })
+        .await;
         let token = Cli::new(app, &["token"]).by(&client).run().await;
         let token = token.ok().trim();
         app.api.get("/receive").bearer(token).send().await.ok(200);
         let status = &Cli::new(app, &["status", "--json"]).run().await.json_lines()[0];
-        assert_eq!((&status["ready"], &status["counters"]["accepted"]), (&json!(true), &json!(1)));
+        assert_eq!((&status["ready"], &status["counters"]["accepted"]), (&json!(true), &json!(2)));
         assert_eq!(status["clients"][0]["client_id"], "noc-c2");
         let without_token = Cli::new(app, &["status"]).env("SOAR_ADMIN_TOKEN", "").env("DATA_DIR", "/nonexistent").run().await;
         assert!(without_token.ok().contains("ready  yes"), "{without_token:?}");

@@ -132,6 +132,19 @@ broker_tests! {
         assert_eq!(plain["paused"], false);
     }
 
+    async fn patches_at_the_same_time_lose_nothing_of_one_another(app: &mut TestApp) {
+        app.onboard_with(json!({"client_id": "client", "webhook": {"url": WEBHOOK, "enabled": false}})).await;
+        let limits = ["send_per_s", "max_inbox_messages", "inbox_ttl_s"];
+        let members = limits.map(|limit| json!({"limits": {limit: 5000}})).into_iter();
+        let headers = (0..8).map(|n| json!({"webhook": {"headers": {format!("x-{n}"): "y"}}}));
+        let patches = members.chain(headers).map(|body| app.patch("client", body));
+        futures_util::future::join_all(patches).await;
+        let record = app.admin(Method::GET, "/clients/client").send().await.ok(200);
+        assert_eq!(record["limits"].as_object().map(serde_json::Map::len), Some(limits.len()), "{record}");
+        assert_eq!(record["webhook"]["headers"].as_object().map(serde_json::Map::len), Some(8), "{record}");
+        assert_eq!(record["webhook"]["enabled"], false, "{record}");
+    }
+
     async fn a_wrong_patch_changes_nothing(app: &mut TestApp) {
         let client = app.onboard("client", &["x"]).await;
         let before = client.record().await;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::support::TestApp;
 use crate::support::http::{Client, messages, receipts};
-use crate::support::wait::stays_pending;
+use crate::support::wait::{soon, stays_pending};
 
 /// A client that subscribes to `x`, with this many messages `0`, `1`, … in its inbox.
 async fn with_messages(app: &mut TestApp, count: usize) -> Client {
@@ -112,7 +112,7 @@ broker_tests! {
         assert_eq!(client.post("/nack").json(&body).send().await.ok(200)["settled"], 1);
         let dead = client.dead_letters(1).await;
         assert_eq!((&dead[0]["reason"], &dead[0]["queue"]), (&json!("rejected"), &json!("inbox")));
-        assert_eq!(dead[0]["envelope"]["id"], leased[0]["id"]);
+        assert_eq!((&dead[0]["envelope"]["id"], &dead[0]["attempts"]), (&leased[0]["id"], &json!(3)));
         client.wait_for_depth("inbox", 0).await;
     }
 
@@ -156,6 +156,21 @@ broker_tests! {
             client.post(path).body("text/plain", "{}").send().await.problem(415, "unsupported_media_type");
         }
         call("/nack", json!({"receipts": ["x"], "delay_s": -1, "dead": "yes"})).await.names(&["/delay_s", "/dead"]);
+    }
+
+    async fn a_long_poll_ends_when_a_webhook_is_set_and_takes_nothing_from_it(app: &mut TestApp) {
+        let client = app.onboard("client", &["x"]).await;
+        let polls = ["wait=30", "wait=30&ack=manual"].map(|query| client.get(&format!("/receive?{query}")).send());
+        let mut polls = std::pin::pin!(futures_util::future::join_all(polls));
+        stays_pending("an empty inbox answered", &mut polls).await;
+        // Paused, nothing is pushed: what is sent then stays.
+        app.patch("client", json!({"paused": true, "webhook": {"url": "http://127.0.0.1:47999/"}})).await;
+        client.send("x", json!(1)).await;
+        for answer in soon("the polls end", polls).await {
+            answer.problem(409, "webhook_configured");
+        }
+        app.patch("client", json!({"webhook": null, "paused": false})).await;
+        assert_eq!(messages(&client.receive_exactly(1, "").await), [json!(1)]);
     }
 
     async fn pulling_is_refused_while_a_webhook_is_set(app: &mut TestApp) {

@@ -171,6 +171,15 @@ broker_tests! {
         assert_eq!(client.receive_exactly(51, "").await.len(), 51);
     }
 
+    async fn within_a_second_no_more_than_the_rate_is_taken(app: &mut TestApp) {
+        let client = app.onboard_with(json!({"client_id": "client", "limits": {"send_per_s": 1}})).await;
+        let sends = [0, 1].map(|n| client.post("/send").json(&json!({"topic": "x", "message": n})).send());
+        let answers = futures_util::future::join_all(sends).await;
+        let mut statuses: Vec<u16> = answers.iter().map(|answer| answer.status).collect();
+        statuses.sort_unstable();
+        assert_eq!(statuses, [202, 429]);
+    }
+
     async fn many_senders_at_once_lose_nothing(app: &mut TestApp) {
         let receiver = app.onboard("receiver", &["x.*"]).await;
         let mut senders = Vec::new();

@@ -326,6 +326,41 @@ broker_tests! {
         }).await;
     }
 
+    async fn failing_long_ago_and_now_is_not_failing_in_between(env: &mut BrokerEnv) {
+        use backbone::db::webhooks::EndpointNotes;
+        use backbone::webhook::attempts::{Attempt, AttemptId};
+
+        let rig = Rig::new().await;
+        let endpoint = FakeEndpoint::start(|_, _| Reply::Status(500));
+        let client = receiver(env, 1).await;
+        let (now, hour_ms) = (Timestamp::now(), 3_600_000);
+        let failing_since = Some(now.plus_millis(-6 * 24 * hour_ms));
+        let notes = EndpointNotes { failing_since, head: None };
+        let tables = rig.means.log.tables();
+        tables.note(&client, &endpoint.url(), &notes).await.expect("notes");
+        let pushing = rig.push(env, &client, &endpoint.url(), json!({"retry_schedule_s": [1]}));
+        dead(env, &client, 1).await;
+        pushing.stop().await;
+        assert_eq!(endpoint.count(), 2, "six days without a call are not six days of failure");
+
+        tables.note(&client, &endpoint.url(), &notes).await.expect("notes");
+        let at = now.plus_millis(-20 * hour_ms);
+        let failure = Attempt {
+            id: AttemptId::from_i64(1),
+            message_id: "m".into(),
+            at,
+            status: Some(500),
+            error: Some("answered 500".into()),
+            latency_ms: 1,
+            response: "".into(),
+        };
+        tables.append(vec![(client.clone(), failure)]).await.expect("appends");
+        send(env, 1, 2).await;
+        let pushing = rig.push(env, &client, &endpoint.url(), json!({}));
+        assert_eq!(pushing.ends().await, Ending::SwitchOff(OffReason::Failing));
+        assert_eq!(endpoint.count(), 3);
+    }
+
     async fn the_breaker_spares_an_endpoint_that_only_fails_and_spends_no_attempts(env: &mut BrokerEnv) {
         let rig = Rig::new().await;
         let works = Arc::new(std::sync::atomic::AtomicBool::new(false));

@@ -123,6 +123,7 @@ broker_tests! {
         socket.expect("settled").await;
         let dead = a.dead_letters(1).await;
         assert_eq!((&dead[0]["reason"], &dead[0]["envelope"]["id"]), (&json!("rejected"), &json!(id)));
+        assert_eq!((&later["deliveries"], &dead[0]["attempts"]), (&json!(3), &json!(3)));
     }
 
     async fn only_this_connections_receipts_settle_and_only_once(app: &mut TestApp) {

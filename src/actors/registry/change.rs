@@ -39,6 +39,10 @@ pub(super) async fn patch(core: Rc<Core>, patch: PatchClient) -> Result<Patched,
     let _turn = core.turns.take(&id).await;
     core.check_open()?;
     let old = core.stored(&id)?;
+    // Whole values replace whole values: what another change has made of them in between must not be undone.
+    if patch.merged_with.as_ref().is_some_and(|record| *record != old.record) {
+        return Err(RegistryError::Changed(id));
+    }
     let (new, webhook_secret) = patched(&old, patch);
     if new.record == old.record && webhook_secret.is_none() {
         return Ok(Patched { record: new.record, webhook_secret });

@@ -207,6 +207,7 @@ impl Core {
             secrets: stored.secrets,
             incarnation: stored.incarnation,
             gate: Arc::default(),
+            replaced: Default::default(),
         });
         self.shared.directory.put(Arc::clone(&entry));
         let client = Client {
@@ -273,6 +274,7 @@ impl Core {
                 secrets: stored.secrets,
                 incarnation: stored.incarnation,
                 gate: Arc::clone(&old.gate),
+                replaced: Default::default(),
             });
             // Secrets change in place: a pusher at work takes the new ones with its next attempt.
             match (&client.webhook_secrets, stored.webhook_secrets) {

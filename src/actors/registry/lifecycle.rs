@@ -12,7 +12,7 @@ use super::{OnExit, PusherSeed};
 use crate::actors::subscriber::{Redeclare, Subscriber};
 use crate::actors::supervision::{self, Lifeline, STABLE_AFTER_S};
 use crate::actors::{ActorKind, ChildEvent, ChildNews, Control, Identity, broadcaster, forwarder, publisher};
-use crate::client::ClientId;
+use crate::client::{ClientId, Webhook};
 use crate::store::{Loaded, StoredClient};
 
 impl Core {
@@ -25,7 +25,9 @@ impl Core {
         self.shared.broker.expect_passwords(loaded.clients.iter().filter_map(password).collect());
         self.launch_publisher();
         for mut client in loaded.clients {
-            if let Some(webhook) = client.record.webhook.as_mut().filter(|_| client.webhook_secrets.is_none()) {
+            // One that was off before stays so for its own reason, which a rotation does not mend.
+            let unreadable = |webhook: &&mut Webhook| webhook.enabled && client.webhook_secrets.is_none();
+            if let Some(webhook) = client.record.webhook.as_mut().filter(unreadable) {
                 webhook.enabled = false;
                 webhook.disabled_reason = Some(super::change::SECRET_UNREADABLE.to_owned());
             }

@@ -46,6 +46,8 @@ pub struct Created {
 pub struct PatchClient {
     /// Whose.
     pub client_id: Option<ClientId>,
+    /// The record that the patch was merged with: refused when it is another one by now.
+    pub merged_with: Option<ClientRecord>,
     /// New name.
     pub name: Option<Option<String>>,
     /// New subscriptions.
@@ -207,6 +209,9 @@ pub enum RegistryError {
     /// There is no such client.
     #[error("no client {0}")]
     NotFound(ClientId),
+    /// Its record is not the one that the patch was merged with: merge again.
+    #[error("client {0} has changed")]
+    Changed(ClientId),
     /// It has no webhook, so there is no webhook secret to rotate.
     #[error("client {0} has no webhook")]
     NoWebhook(ClientId),

@@ -30,6 +30,19 @@ impl Shared {
         self.clients.get(id).ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, action))
     }
 
+    /// How many there are. Their queue, when somebody else has deleted it, is declared again.
+    async fn count_dead(&self, client: &Client) -> Result<u64, BrokerError> {
+        let queue = topology::dead(&client.id);
+        match self.count_ready(&queue).await {
+            Err(error) if error.kind == BrokerErrorKind::NotFound => {
+                log::warn!("queue {queue} was deleted by somebody else; it is declared again");
+                self.repair(Some(client)).await;
+                self.count_ready(&queue).await
+            }
+            counted => counted,
+        }
+    }
+
     /// See [`crate::broker::Broker::dead_letters`].
     pub(super) async fn dead_letters(
         self: Arc<Self>,
@@ -40,7 +53,7 @@ impl Shared {
         let action = format!("list dead letters of {id}");
         let client = self.dead_of(&id, &action)?;
         let _turn = client.dead_turn.acquire().await;
-        if self.count_ready(&topology::dead(&id)).await? == 0 {
+        if self.count_dead(&client).await? == 0 {
             return Ok(DeadPage::default());
         }
         let mut harvest = Harvest::new(&self, topology::dead(&id));
@@ -83,7 +96,7 @@ impl Shared {
         let _turn = client.dead_turn.acquire().await;
         let mut wanted: Option<HashSet<String>> = ids.map(|ids| ids.into_iter().collect());
         // Those that are there now: what dies again meanwhile stays.
-        let mut left = self.count_ready(&topology::dead(&id)).await?;
+        let mut left = self.count_dead(&client).await?;
         let mut harvest = Harvest::new(&self, topology::dead(&id));
         let mut replayed = 0;
         while left > 0 && wanted.as_ref().is_none_or(|wanted| !wanted.is_empty()) {
@@ -143,12 +156,12 @@ impl Shared {
         let client = self.dead_of(&id, &action)?;
         let _turn = client.dead_turn.acquire().await;
         let queue = topology::dead(&id);
+        let mut left = self.count_dead(&client).await?;
         let Some(before) = before else {
             let session = self.session(&action)?;
             let purged = session.control(async |channel| topology::purge(channel, &queue).await).await;
             return purged.map_err(|error| broker_error(action, error));
         };
-        let mut left = self.count_ready(&queue).await?;
         let mut harvest = Harvest::new(&self, queue);
         let mut purged = 0;
         while left > 0 {

@@ -569,8 +569,8 @@ pub(super) async fn settle_pulled(
         PullOutcome::Reject => {
             let held = ended.into_iter().map(Leased::into_held);
             let held = held.map(|held| {
-                let attempts = held.counts.attempts;
-                (Held { before: held.before + 1, ..held }, attempts)
+                let deliveries = held.before + 1;
+                (Held { before: deliveries, ..held }, deliveries)
             });
             bury(shared, id, held.collect(), DeadReason::Rejected).await?;
         }

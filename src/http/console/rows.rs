@@ -205,7 +205,8 @@ mod tests {
                 created_at: crate::time::Timestamp::from_millis(0),
             };
             let secrets = SecretSlots::nobody();
-            directory.put(ClientEntry { record, secrets, incarnation: 1, send_limiter: None, gate: Arc::default() });
+            let (gate, replaced) = Default::default();
+            directory.put(ClientEntry { record, secrets, incarnation: 1, send_limiter: None, gate, replaced });
         }
         directory
     }

@@ -46,7 +46,9 @@ impl How {
             Self::Nack(delay_s) => {
                 Outcome::Delay { delay: std::time::Duration::from_secs(delay_s), attempts: delivery.attempts }
             }
-            Self::Reject => Outcome::Dead { reason: crate::broker::DeadReason::Rejected, attempts: delivery.attempts },
+            Self::Reject => {
+                Outcome::Dead { reason: crate::broker::DeadReason::Rejected, attempts: delivery.deliveries }
+            }
         }
     }
 }

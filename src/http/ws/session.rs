@@ -1,16 +1,17 @@
 //! One connection, from its first frame to its close.
 //!
-//! One task does everything: it reads frames while there is room for what they ask, publishes in order, takes deliveries
-//! while the client has credit and the peer reads, and looks once a second whether peer and client are still there.
-//! Deliveries that are unsettled when it ends go back to the inbox.
+//! One task does everything: it reads frames while there is room for what they ask, publishes in order, settles in order,
+//! takes deliveries while the client has credit and the peer reads, and looks once a second whether peer and client are
+//! still there. Deliveries that are unsettled when it ends go back to the inbox.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use actix_ws::{AggregatedMessage, AggregatedMessageStream, ProtocolError};
 use bytes::Bytes;
 use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
 use serde_json::value::RawValue;
 
 use super::frame::{self, Frame, How, Refused};
@@ -36,6 +37,10 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a settlement may take.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Frames with settlements that wait for the broker, and their bytes: a connection with more is not read from.
+const SETTLING_MAX: usize = 64;
+const SETTLING_BYTES_MAX: usize = 1 << 20;
+
 /// Frames handled before the other sides get a turn.
 const FRAMES_AT_ONCE: usize = 64;
 
@@ -53,6 +58,19 @@ enum End {
     Gone,
 }
 
+/// What a settlement came to.
+struct Settled {
+    reference: Option<Box<RawValue>>,
+    count: usize,
+    unknown: Vec<String>,
+    /// Bytes of messages that it held.
+    held_bytes: usize,
+    result: Result<(), Problem>,
+}
+
+/// Settlements, each with the length of its frame; only the first is under way, so that they are carried out in order.
+type Settling = VecDeque<(usize, LocalBoxFuture<'static, Settled>)>;
+
 /// See the module.
 pub(super) struct Session {
     call: Call,
@@ -61,6 +79,7 @@ pub(super) struct Session {
     intake: Intake,
     outgoing: Outgoing,
     publishing: Publishing,
+    settling: Settling,
     inbox: Option<Consumer>,
     credit: u32,
     /// The prefetch that the inbox's consumer has.
@@ -97,6 +116,7 @@ impl Session {
             intake,
             outgoing,
             publishing,
+            settling: VecDeque::new(),
             inbox: None,
             credit: 0,
             prefetch: 0,
@@ -114,6 +134,16 @@ impl Session {
     /// Serves the connection until it ends.
     pub(super) async fn run(mut self, mut incoming: AggregatedMessageStream) {
         let end = self.serve(&mut incoming).await;
+        // What it settled before it went is settled; what cannot be comes back.
+        let settle_the_rest = async {
+            while !self.settling.is_empty() {
+                let settled = first(&mut self.settling).await;
+                self.note_settled(settled);
+            }
+        };
+        if tokio::time::timeout(SETTLE_TIMEOUT, settle_the_rest).await.is_err() {
+            self.settling.clear();
+        }
         self.inbox = None;
         self.give_all_back().await;
         if let End::Close(code, why) = end {
@@ -138,7 +168,7 @@ impl Session {
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let reads = self.publishing.has_room() && self.outgoing.has_room();
+            let reads = self.has_room() && self.outgoing.has_room();
             let takes = self.takes();
             let end = tokio::select! {
                 _ = shutdown.wait_for(|closing| *closing) => Some(End::Close(CloseCode::GoingAway, "shutting down")),
@@ -151,6 +181,10 @@ impl Session {
                     done.answer(&mut self.outgoing, &self.request_id);
                     None
                 }
+                settled = first(&mut self.settling) => {
+                    self.note_settled(settled);
+                    None
+                }
                 deliveries = next(&mut self.inbox, takes), if takes > 0 => self.deliver(deliveries),
                 there = self.outgoing.flush(), if !self.outgoing.is_empty() => (!there).then_some(End::Gone),
             };
@@ -158,6 +192,12 @@ impl Session {
                 return end;
             }
         }
+    }
+
+    /// Whether the broker is not too far behind to be asked for more.
+    fn has_room(&self) -> bool {
+        let settling_bytes: usize = self.settling.iter().map(|(bytes, _)| bytes).sum();
+        self.publishing.has_room() && self.settling.len() < SETTLING_MAX && settling_bytes < SETTLING_BYTES_MAX
     }
 
     fn name(&self) -> &str {
@@ -168,7 +208,7 @@ impl Session {
 
     /// Once a second: is the peer there, is the client what it was?
     fn look(&mut self) -> Option<End> {
-        if !self.publishing.has_room() {
+        if !self.has_room() {
             // It is not read from because the broker is behind: what it may be saying is not silence.
             self.heard = Instant::now();
         }
@@ -222,7 +262,7 @@ impl Session {
         }
         for _ in 1..FRAMES_AT_ONCE {
             // What has arrived already is handled at once: its sends then share a commit.
-            if !self.publishing.has_room() || !self.outgoing.has_room() {
+            if !self.has_room() || !self.outgoing.has_room() {
                 break;
             }
             let Some(next) = incoming.recv().now_or_never() else { break };
@@ -283,7 +323,10 @@ impl Session {
                 }
             }
             Frame::Credit(credit) => self.credit(credit).await.map_err(|problem| Refused { reference, problem }),
-            Frame::Settle { receipts, how } => self.settle(reference.as_deref(), receipts, how).await,
+            Frame::Settle { receipts, how } => {
+                self.settle(reference, receipts, how, text.len());
+                Ok(())
+            }
         }
     }
 
@@ -415,29 +458,37 @@ impl Session {
         (own && self.receipt(number) == receipt).then_some(number)
     }
 
-    async fn settle(&mut self, reference: Option<&RawValue>, receipts: Vec<String>, how: How) -> Result<(), Refused> {
-        let (mut settled, mut unknown) = (Vec::with_capacity(receipts.len()), Vec::new());
+    /// Takes a frame's receipts, to be settled after those of the frames before.
+    fn settle(&mut self, reference: Option<Box<RawValue>>, receipts: Vec<String>, how: How, frame_bytes: usize) {
+        let (mut known, mut unknown, mut held_bytes) = (Vec::with_capacity(receipts.len()), Vec::new(), 0);
         for receipt in receipts {
             match self.number(&receipt).and_then(|number| self.unsettled.remove(&number)) {
                 Some((delivery, bytes)) => {
-                    self.let_go(bytes);
+                    held_bytes += bytes;
                     let outcome = how.outcome(&delivery);
-                    settled.push((delivery, outcome));
+                    known.push((delivery, outcome));
                 }
                 None => unknown.push(receipt),
             }
         }
-        let count = settled.len();
-        let result = match tokio::time::timeout(SETTLE_TIMEOUT, broker::settle(settled)).await {
-            Ok(result) => result.map_err(Problem::from),
-            Err(_) => Err(Problem::broker_unavailable()),
+        let work = async move {
+            let count = known.len();
+            let result = match tokio::time::timeout(SETTLE_TIMEOUT, broker::settle(known)).await {
+                Ok(result) => result.map_err(Problem::from),
+                Err(_) => Err(Problem::broker_unavailable()),
+            };
+            Settled { reference, count, unknown, held_bytes, result }
         };
-        match result {
-            Ok(()) => {
-                self.outgoing.settled(reference, count, &unknown);
-                Ok(())
-            }
-            Err(problem) => Err(Refused { reference: reference.map(ToOwned::to_owned), problem }),
+        self.settling.push_back((frame_bytes, Box::pin(work)));
+    }
+
+    /// Tells the client what became of the first of its settlements.
+    fn note_settled(&mut self, settled: Settled) {
+        self.settling.pop_front();
+        self.let_go(settled.held_bytes);
+        match settled.result {
+            Ok(()) => self.outgoing.settled(settled.reference.as_deref(), settled.count, &settled.unknown),
+            Err(problem) => self.refuse(settled.reference.as_deref(), &problem),
         }
     }
 
@@ -469,6 +520,14 @@ impl Drop for Session {
         // A task that is dropped halfway drops its deliveries, which gives them back one by one.
         self.let_go(self.unsettled_bytes);
         self.call.api.state.telemetry.metrics.websockets.dec();
+    }
+}
+
+/// The end of the first settlement, for ever when there is none. Safe to drop: the settlement is kept.
+async fn first(settling: &mut Settling) -> Settled {
+    match settling.front_mut() {
+        Some((_, work)) => work.await,
+        None => std::future::pending().await,
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use futures_util::{FutureExt as _, StreamExt as _};
 
 use super::job::{Finished, class_of};
+use super::notes::failing_since;
 use super::{Condition, Head, Host, IDLE_CHECK_EVERY, Push, Settling, Waiting, key_of, roll};
 use crate::broker::{self, BrokerError, DeadReason, Outcome};
 use crate::telemetry::Step;
@@ -109,7 +110,8 @@ impl<H: Host> Push<H> {
                 self.client
             );
         }
-        let since = *self.failing_since.get_or_insert(clock);
+        let since = failing_since(self.failing_since, self.last_failure, clock);
+        (self.failing_since, self.last_failure) = (Some(since), Some(clock));
         let failing_ms = clock.as_millis().saturating_sub(since.as_millis());
         if u128::try_from(failing_ms).unwrap_or(0) >= self.means.disable_after.as_millis() {
             self.end_with(OffReason::Failing);

@@ -53,7 +53,7 @@ use crate::time::Timestamp;
 pub(crate) use job::send;
 use job::{Finished, Job, Signing};
 
-/// A webhook that does nothing but fail is switched off after this long.
+/// A webhook that does nothing but fail, at least once a day, is switched off after this long.
 pub const DISABLE_AFTER: Duration = Duration::from_secs(5 * 86_400);
 /// A wait of the whole endpoint longer than this is made without anything in hand.
 const SHORT_WAIT: Duration = Duration::from_secs(2);
@@ -178,7 +178,9 @@ pub struct Push<H> {
     head: Option<Head>,
     /// Since when the head is in hand.
     held_since: Option<Instant>,
+    /// Since when every attempt has failed, and when the last one did.
     failing_since: Option<Timestamp>,
+    last_failure: Option<Timestamp>,
     /// What the file says.
     noted: EndpointNotes,
     /// Until when there is no use in asking for a connection.
@@ -233,6 +235,7 @@ impl<H: Host> Push<H> {
             head: None,
             held_since: None,
             failing_since: None,
+            last_failure: None,
             noted: EndpointNotes::default(),
             no_slot_until: None,
             idle_check_at: None,

@@ -10,6 +10,16 @@ use crate::time::Timestamp;
 /// How long failing must last before it is noted: an endpoint that stumbles costs no write.
 const NOTE_FAILING_AFTER_MS: i64 = 60_000;
 
+/// Two failures further apart than this, in milliseconds, say nothing of the time between them: a day. Longer than the
+/// longest wait of the usual schedule.
+const FAILURES_APART_MAX_MS: i64 = 86_400_000;
+
+/// Since when an endpoint only fails that fails now, after it failed `last`, and only failed since `since`.
+pub(super) fn failing_since(since: Option<Timestamp>, last: Option<Timestamp>, now: Timestamp) -> Timestamp {
+    let goes_on = last.is_some_and(|last| now.as_millis().saturating_sub(last.as_millis()) <= FAILURES_APART_MAX_MS);
+    since.filter(|_| goes_on).unwrap_or(now)
+}
+
 impl<H: Host> Push<H> {
     pub(super) async fn load_notes(&mut self) {
         match self.means.log.tables().notes(&self.client, &self.webhook.url).await {
@@ -17,6 +27,12 @@ impl<H: Host> Push<H> {
             Err(error) => log::warn!("cannot read what was noted of the webhook of {}: {error}", self.client),
         }
         self.failing_since = self.noted.failing_since;
+        if self.failing_since.is_some() {
+            match self.means.log.tables().last_failure(&self.client).await {
+                Ok(last) => self.last_failure = last,
+                Err(error) => log::warn!("cannot read when the webhook of {} failed last: {error}", self.client),
+            }
+        }
         let (now, clock) = (Instant::now(), Timestamp::now());
         self.head = self.noted.head.as_ref().map(|note| {
             let wait_ms = note.due.as_millis().saturating_sub(clock.as_millis());
@@ -46,5 +62,23 @@ impl<H: Host> Push<H> {
         if let Err(error) = self.means.log.tables().note(&self.client, &self.webhook.url, &self.noted).await {
             log::warn!("cannot note how the webhook of {} fares: {error}", self.client);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_with_long_silence_between_them_are_not_failing_for_long() {
+        const HOUR: i64 = 3_600_000;
+        let at = |hours: i64| Timestamp::from_millis(hours * HOUR);
+        let (mut since, mut last) = (None, None);
+        for (now, expected) in [(0, 0), (10, 0), (34, 0), (59, 59), (200, 200), (201, 200)] {
+            since = Some(failing_since(since, last, at(now)));
+            last = Some(at(now));
+            assert_eq!(since, Some(at(expected)), "{now} h");
+        }
+        assert_eq!(failing_since(Some(at(0)), None, at(1)), at(1), "it is not known whether it failed in between");
     }
 }

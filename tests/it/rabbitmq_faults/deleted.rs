@@ -60,6 +60,22 @@ queue_type_tests! {
         }
         app.finish().await;
     }
+
+    async fn whoever_asks_first_for_dead_letters_does_not_find_their_queue_missing(kind: BrokerKind) {
+        let host = VirtualHost::create().await;
+        let mut app = TestApp::start_on(kind, host.url(), &[]).await;
+        let bob = app.onboard("bob", &[]).await;
+        for (method, path, answer) in [
+            (Method::GET, "", json!({"dead_letters": [], "next": null})),
+            (Method::POST, "/replay", json!({"replayed": 0})),
+            (Method::DELETE, "", json!({"purged": 0})),
+        ] {
+            host.manage(Method::DELETE, &format!("queues/{}/bob-dead", host.name()), None).await;
+            let path = format!("/clients/bob/dead-letters{path}");
+            assert_eq!(bob.call(method, &path).send().await.ok(200), answer, "{path}");
+        }
+        app.finish().await;
+    }
 }
 
 /// Sends and broadcasts until both arrive. Returns the number after the last that was sent.

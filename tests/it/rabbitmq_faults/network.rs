@@ -2,10 +2,14 @@
 
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::Scene;
 use crate::support::TestApp;
+use crate::support::http::receipts;
 use crate::support::proxy::{Network, Proxy};
 use crate::support::rabbitmq::VirtualHost;
+use crate::support::socket::Socket;
 
 /// How long a fault lasts.
 const LONG: Duration = Duration::from_secs(10);
@@ -42,6 +46,28 @@ queue_type_tests! {
         proxy.set(Network::Good);
         println!("deaf: messages flow after {:?}", scene.flows("after confirms were lost").await);
         scene.finish().await;
+    }
+
+    async fn a_settlement_that_waits_for_the_broker_holds_no_other_frame_up(kind: BrokerKind) {
+        let host = VirtualHost::create().await;
+        let proxy = Proxy::start(host.amqp_address()).await;
+        let mut app = TestApp::start_on(kind, host.url_through(proxy.address()), &[]).await;
+        let client = app.onboard("client", &["x"]).await;
+        client.send("x", json!(1)).await;
+        let mut socket = Socket::open(&client).await;
+        socket.credit(1).await;
+        let held = socket.messages(1).await;
+        proxy.set(Network::Silent);
+        socket.send(json!({"type": "nack", "receipts": receipts(&held), "delay_s": 1})).await;
+        socket.send(json!({"type": "ack", "receipts": [], "ref": "after it"})).await;
+        // Answered at once, as what needs no broker is.
+        socket.refused("{", 400, "invalid_json").await;
+        proxy.set(Network::Good);
+        assert_eq!(socket.expect("settled").await["settled"], 1);
+        assert_eq!(socket.expect("settled").await["ref"], "after it");
+        let again = socket.messages(1).await;
+        assert_eq!((&again[0]["message"], &again[0]["deliveries"]), (&json!(1), &json!(2)));
+        crate::support::fixture::Fixture::finish(app).await;
     }
 
     async fn heavy_a_connection_that_the_network_forgot_is_noticed(kind: BrokerKind) {

@@ -255,5 +255,30 @@ async fn another_token_secret_switches_webhooks_off_until_their_secret_is_rotate
     let secrets = world.registry.send(GetWebhookSecrets(id("a"))).await.expect("answers").expect("has");
     assert_eq!(secrets.current(), rotated.secret);
     assert!(off(&world).enabled && off(&world).disabled_reason.is_none());
+
+    // One that is off for another reason stays off.
+    let reason = Some("the endpoint answered 410 Gone".to_owned());
+    let webhook = Webhook { enabled: false, disabled_reason: reason.clone(), ..off(&world) };
+    world.patch(PatchClient { webhook: Some(Some(webhook)), ..patch("a") }).await;
+    world.close().await;
+    let world = World::open_with(directory.path(), &TokenSecret::generate(), None).await;
+    let rotate = RotateSecret { client_id: id("a"), kind: SecretKind::Webhook, overlap_s: 0 };
+    world.registry.send(rotate).await.expect("answers").expect("rotates");
+    assert!(!off(&world).enabled);
+    assert_eq!(off(&world).disabled_reason, reason);
+    world.close().await;
+}
+
+#[actix_rt::test]
+async fn a_patch_that_was_merged_with_another_record_is_refused() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let world = World::open(directory.path()).await;
+    let record = world.create("a", &["x"]).await.record;
+    let merged = || PatchClient { merged_with: Some(record.clone()), ..patch("a") };
+    world.patch(PatchClient { name: Some(Some("first".into())), ..merged() }).await;
+    let second = PatchClient { limits: Some(Limits::default()), ..merged() };
+    let refused = world.registry.send(second).await.expect("answers");
+    assert!(matches!(refused, Err(RegistryError::Changed(_))), "{refused:?}");
+    assert_eq!(world.directory.get("a").expect("there").record.name.as_deref(), Some("first"));
     world.close().await;
 }
