@@ -30,12 +30,10 @@ const PREFETCH_MAX: u32 = u16::MAX as u32;
 /// Bytes that a consumer should hold at most, and messages that it may hold however long they are. A prefetch counts
 /// messages; without this a backlog of long ones would be in memory a thousand at a time.
 const HELD_BYTES: usize = 16 << 20;
-const HELD_MIN: usize = 4;
+const HELD_MIN: usize = 16;
 
 /// How long a message is taken to be before one was seen, in bytes: long, so that the first batch cannot be too much.
-/// Longest where AMQP clients write, to whom no limit of ours applies.
 const SIZE_AT_FIRST: usize = 256 << 10;
-const FOREIGN_SIZE_AT_FIRST: usize = 1 << 20;
 
 /// Time before a failed subscription is tried again; doubled up to the second.
 const RETRY_MIN: Duration = Duration::from_millis(50);
@@ -298,7 +296,6 @@ impl ConsumerCore {
     fn wanted(&self) -> u16 {
         let asked = self.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
         let size = match self.average_size.load(Ordering::Relaxed) {
-            0 if matches!(self.queue, Queue::Outbox(_) | Queue::Notify(_)) => FOREIGN_SIZE_AT_FIRST,
             0 => SIZE_AT_FIRST,
             size => size,
         };
@@ -330,10 +327,14 @@ impl ConsumerCore {
         }
     }
 
-    /// To be called before deliveries are acknowledged: a consumer that settles as fast as it can is full at no other
-    /// time.
-    pub(super) fn about_to_acknowledge(&self) {
-        self.renew_if_unfit(&mut self.state.lock());
+    /// To be called before deliveries are acknowledged that were moved on. A consumer that settles as fast as it can is
+    /// full at no other time; and once they are acknowledged RabbitMQ may hand out more.
+    pub(super) fn about_to_acknowledge(&self, places: impl IntoIterator<Item = u64>) {
+        let mut state = self.state.lock();
+        self.renew_if_unfit(&mut state);
+        for place in places {
+            state.moving.remove(&place);
+        }
     }
 
     /// The deliveries at these places are being moved on.

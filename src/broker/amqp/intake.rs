@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt as _, StreamExt as _};
@@ -215,15 +215,18 @@ const BACK_WITHIN: Duration = Duration::from_secs(1);
 
 /// One channel of the set, with its task.
 pub(super) struct Intake {
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<(Command, Done)>,
+    /// Commands that are not carried out yet.
+    under_way: Arc<AtomicUsize>,
 }
 
 impl Intake {
     /// Starts one on the connection for `role` of each session.
     pub(super) fn start(thread: &AmqpThread, role: Role, link: watch::Receiver<Link>) -> Self {
         let (sender, commands) = mpsc::channel(COMMANDS_WAITING);
+        let under_way = Arc::new(AtomicUsize::new(0));
         thread.spawn(run(thread.handle(), role, link, commands));
-        Self { commands: sender }
+        Self { commands: sender, under_way }
     }
 
     /// Subscribes to a queue that is known to exist: if it does not, the channel is closed under all of its consumers.
@@ -235,7 +238,7 @@ impl Intake {
     ) -> Option<oneshot::Receiver<Result<Subscription, lapin::Error>>> {
         let (reply, receiver) = oneshot::channel();
         let command = Command::Subscribe { queue: queue.to_owned(), prefetch, reply };
-        self.commands.send(command).await.ok().map(|()| receiver)
+        self.commands.send((command, Done::after(&self.under_way))).await.ok().map(|()| receiver)
     }
 
     /// Ends a subscription.
@@ -248,7 +251,13 @@ impl Intake {
         self.tell(thread, Command::GiveBack(Box::new(back)));
     }
 
+    /// Whether no command is being carried out.
+    pub(super) fn is_idle(&self) -> bool {
+        self.under_way.load(Ordering::Acquire) == 0
+    }
+
     fn tell(&self, thread: &AmqpThread, command: Command) {
+        let command = (command, Done::after(&self.under_way));
         let commands = self.commands.clone();
         if let Err(error) = commands.try_send(command) {
             let (mpsc::error::TrySendError::Full(command) | mpsc::error::TrySendError::Closed(command)) = error;
@@ -270,16 +279,16 @@ async fn run(
     handle: tokio::runtime::Handle,
     role: Role,
     link: watch::Receiver<Link>,
-    mut commands: mpsc::Receiver<Command>,
+    mut commands: mpsc::Receiver<(Command, Done)>,
 ) {
     let open = Open::default();
     let mut turns = Turns::default();
-    while let Some(command) = commands.recv().await {
+    while let Some((command, done)) = commands.recv().await {
         match command {
             Command::Subscribe { queue, prefetch, reply } => {
                 let (turn, open, link) = (turns.next(&queue), Arc::clone(&open), link.clone());
                 handle.spawn(async move {
-                    let _turn = turn.begin().await;
+                    let _turn = (turn.begin().await, done);
                     let answer = subscribe(role, &link, &open, &queue, prefetch).await;
                     // Nobody waits for it any more, or is told.
                     if let Err(Ok(orphan)) = reply.send(answer) {
@@ -290,18 +299,34 @@ async fn run(
             Command::End { subscription, left } => {
                 let turn = turns.next(&subscription.queue);
                 handle.spawn(async move {
-                    let _turn = turn.begin().await;
+                    let _turn = (turn.begin().await, done);
                     end(*subscription, left).await;
                 });
             }
             Command::GiveBack(back) => {
                 let turn = turns.next(&back.queue);
                 handle.spawn(async move {
-                    let _turn = turn.begin().await;
+                    let _turn = (turn.begin().await, done);
                     back.give_back().await;
                 });
             }
         }
+    }
+}
+
+/// Dropped when a command has been carried out.
+struct Done(Arc<AtomicUsize>);
+
+impl Done {
+    fn after(under_way: &Arc<AtomicUsize>) -> Self {
+        under_way.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(under_way))
+    }
+}
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

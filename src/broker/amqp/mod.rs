@@ -129,6 +129,9 @@ const PIPELINE_INTAKES: usize = 8;
 const INBOX_INTAKES: usize = 16;
 const CHORE_INTAKES: usize = 2;
 
+/// How long closing waits until what was handed to this process has been given back.
+const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// How long closing waits for what is on its way.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -342,6 +345,13 @@ impl Shared {
         self.standing_consumers().into_iter().filter(|core| core.name == name).collect()
     }
 
+    /// Whether nothing is being given back, and no puller has anything.
+    fn holds_nothing(&self) -> bool {
+        let intakes = self.pipeline_intakes.iter().chain(&self.inbox_intakes).chain(&self.chore_intakes);
+        intakes.chain([&self.apart_intake]).all(Intake::is_idle)
+            && self.clients.all().iter().all(|client| client.puller().is_none_or(|puller| !puller.is_running()))
+    }
+
     fn wake_all(&self) {
         self.standing_consumers().iter().for_each(|core| core.wake());
         for client in self.clients.all() {
@@ -547,6 +557,16 @@ impl Broker for AmqpBroker {
         shared.set_link(Link::Closed);
         shared.wake_all();
         if let Some(session) = session {
+            // What is held goes back in order; RabbitMQ gives back the rest of a channel that ends, but a consumer that
+            // begins at once may be handed what is behind that.
+            let quiet = async {
+                while !shared.holds_nothing() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            if tokio::time::timeout(GIVE_BACK_TIMEOUT, quiet).await.is_err() {
+                log::debug!("closing: RabbitMQ gives back by itself what is still held");
+            }
             let close = async move {
                 session.close().await;
                 Ok(())

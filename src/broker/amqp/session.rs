@@ -299,10 +299,10 @@ impl Session {
 
     /// Closes every connection, as far as that can be told to the other end.
     pub(super) async fn close(&self) {
-        self.ended.send_replace(true);
         let close = self.connections.iter().map(|connection| connection.close(200, short("bye")));
         // Who does not answer is gone, or stuck behind an alarm; dropping the connection is all that is left.
         let _ = tokio::time::timeout(Duration::from_secs(2), futures_util::future::join_all(close)).await;
+        self.ended.send_replace(true);
     }
 }
 

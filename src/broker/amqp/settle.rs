@@ -307,7 +307,7 @@ async fn finish(core: &ConsumerCore, moves: Vec<Move>, fates: Vec<Fate>, action:
     if !back.is_empty() {
         core.return_failed(back);
     }
-    core.about_to_acknowledge();
+    core.about_to_acknowledge(moved.iter().map(|one| one.held.place));
     // First this, as it makes room for more.
     let acked = acknowledge(moved.iter().map(|one| &one.held));
     for one in &moved {

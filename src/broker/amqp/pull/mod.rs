@@ -130,6 +130,11 @@ impl Puller {
         self.client.upgrade().is_none_or(|client| client.is_gone())
     }
 
+    /// Whether there is anything that it has or waits for.
+    pub(super) fn is_running(&self) -> bool {
+        self.inner.lock().is_running
+    }
+
     /// Makes everybody look again.
     pub(super) fn wake(&self) {
         self.work.notify_one();
