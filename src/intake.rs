@@ -135,7 +135,7 @@ pub fn parse_foreign(
 }
 
 /// Longest `traceparent` that is carried on, in bytes. Version 00 has 55; later ones may add to it.
-const TRACEPARENT_BYTES_MAX: usize = 128;
+pub(crate) const TRACEPARENT_BYTES_MAX: usize = 128;
 
 /// A W3C `traceparent` that can be carried on, or `None`: a broken one is dropped, as if there had been none
 /// (Trace Context, section 3.2.2).

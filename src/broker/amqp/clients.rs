@@ -68,6 +68,17 @@ impl Client {
         self.limits.lock().clone()
     }
 
+    /// How long a message may wait in its inbox, if there is a limit.
+    pub(super) fn inbox_ttl_s(&self) -> Option<u64> {
+        self.limits.lock().inbox_ttl_s
+    }
+
+    /// Whether somebody is being handed what is in its inbox.
+    pub(super) fn is_inbox_read(&self) -> bool {
+        let is_consumed = |core: &Arc<ConsumerCore>| matches!(core.queue, Queue::Inbox(_)) && core.is_subscribed();
+        self.consumers().iter().any(is_consumed) || self.puller().is_some_and(|puller| puller.is_subscribed())
+    }
+
     /// Patterns that its inbox is to be bound by, and those that it is to be rid of.
     pub(super) fn patterns(&self) -> (Vec<Pattern>, Vec<Pattern>) {
         self.patterns.lock().clone()

@@ -4,7 +4,7 @@
 //! in advance; they wait in a buffer here. When the session breaks, or the queue is deleted under it, the consumer
 //! subscribes again by itself; it ends only with its client or with the broker.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::task::Poll;
@@ -69,8 +69,9 @@ struct State {
     buffer: VecDeque<Held>,
     /// Handed out and not settled.
     unsettled: HashMap<u64, Held>,
-    /// The places of those that are being moved on: settled, and not acknowledged yet.
-    moving: BTreeSet<u64>,
+    /// The places of those that are being moved on (settled, and not acknowledged yet), and since when they are in the
+    /// queue, in seconds since the epoch.
+    moving: BTreeMap<u64, u64>,
     /// The place of the first that the present subscription has brought.
     first_place: u64,
     next_place: u64,
@@ -124,6 +125,18 @@ impl ConsumerCore {
     /// Makes `next` look again.
     pub(super) fn wake(&self) {
         self.changed.notify_one();
+    }
+
+    /// Whether RabbitMQ hands it deliveries.
+    pub(super) fn is_subscribed(&self) -> bool {
+        self.state.lock().subscription.is_some()
+    }
+
+    /// When the oldest of what it holds came into the queue, in seconds since the epoch.
+    pub(super) fn oldest_s(&self) -> Option<u64> {
+        let state = self.state.lock();
+        let held = state.buffer.iter().chain(state.unsettled.values()).map(|held| held.counts.since_s);
+        held.chain(state.moving.values().copied()).min()
     }
 
     /// Messages of the queue that are ready in RabbitMQ, if it could be asked, and those that are here.
@@ -337,9 +350,9 @@ impl ConsumerCore {
         }
     }
 
-    /// The deliveries at these places are being moved on.
-    pub(super) fn begin_moving(&self, places: &[u64]) {
-        self.state.lock().moving.extend(places);
+    /// These deliveries are being moved on.
+    pub(super) fn begin_moving<'a>(&self, held: impl IntoIterator<Item = &'a Held>) {
+        self.state.lock().moving.extend(held.into_iter().map(|held| (held.place, held.counts.since_s)));
     }
 
     /// They are settled.

@@ -26,6 +26,9 @@ pub(super) const HELD_FOR_MAX: Duration = Duration::from_secs(20 * 60);
 /// Returned messages whose counts are remembered, and settled ones that are remembered as such.
 const REMEMBERED_MAX: usize = 100_000;
 
+/// Ids that are remembered of messages that were sent without one.
+const IDS_REMEMBERED_MAX: usize = 10_000;
+
 /// See the module.
 pub(super) struct Held {
     /// What came.
@@ -63,7 +66,12 @@ impl Held {
         let before = if redelivered { memory.recall(key, &read) } else { read.counts.deliveries };
         // Not only what is marked as redelivered: a classic queue that was killed may have lost the mark as well.
         let is_gone = memory.is_gone(key);
-        let Read { payload, counts, .. } = read;
+        let Read { mut payload, counts, .. } = read;
+        if let (true, Payload::Foreign(foreign)) = (redelivered, &mut payload)
+            && foreign.message_id.is_none()
+        {
+            foreign.message_id = memory.recall_id(key);
+        }
         let channel = Arc::clone(channel);
         Self { payload, counts, before, channel, tag, key, place: 0, since: Instant::now(), is_gone }
     }
@@ -93,6 +101,8 @@ struct Inner {
     order: VecDeque<u64>,
     gone: HashSet<u64>,
     gone_order: VecDeque<u64>,
+    ids: HashMap<u64, String>,
+    ids_order: VecDeque<u64>,
 }
 
 impl ReturnMemory {
@@ -116,6 +126,23 @@ impl ReturnMemory {
         let read = wire::read(&properties, data, trusted);
         let key = key_of(queue, &read);
         self.note(key, if redelivered { self.recall(key, &read) } else { read.counts.deliveries });
+    }
+
+    /// Notes the id that a message without one was given, as it may have gone on although it comes back.
+    pub(super) fn note_id(&self, key: u64, id: &str) {
+        let mut inner = self.inner.lock();
+        if inner.ids.insert(key, id.to_owned()).is_none() {
+            inner.ids_order.push_back(key);
+        }
+        while inner.ids_order.len() > IDS_REMEMBERED_MAX {
+            if let Some(oldest) = inner.ids_order.pop_front() {
+                inner.ids.remove(&oldest);
+            }
+        }
+    }
+
+    fn recall_id(&self, key: u64) -> Option<String> {
+        self.inner.lock().ids.remove(&key)
     }
 
     /// Notes messages that were settled for good.
@@ -174,6 +201,17 @@ mod tests {
         assert_eq!(memory.recall(key, &read(Some(9))), 11);
         assert_eq!(memory.recall(key, &read(None)), 3);
         assert_ne!(key, key_of("b-inbox", &read(None)));
+    }
+
+    #[test]
+    fn the_id_that_a_message_was_given_is_remembered_once() {
+        let memory = ReturnMemory::default();
+        for key in 0..=IDS_REMEMBERED_MAX as u64 {
+            memory.note_id(key, "an-id");
+        }
+        assert_eq!(memory.recall_id(0), None, "the oldest is forgotten");
+        assert_eq!(memory.recall_id(1).as_deref(), Some("an-id"));
+        assert_eq!(memory.recall_id(1), None);
     }
 
     #[test]

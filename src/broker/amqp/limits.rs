@@ -32,6 +32,9 @@ const AT_ONCE: usize = 8;
 /// Messages moved at a time.
 const CHUNK: usize = 500;
 
+/// How often that is done for one inbox before others have their turn.
+const CHUNKS_MAX: usize = 20;
+
 /// The front of an inbox is looked at again after this at the latest, although what was there had time left: an older
 /// message may have been given back.
 const LOOK_AGAIN_S: u64 = 30;
@@ -74,17 +77,17 @@ async fn sweep_one(shared: &Arc<Shared>, client: &Client) -> Result<(), BrokerEr
 /// Makes dead letters of what has waited too long.
 async fn expire(shared: &Arc<Shared>, client: &Client, ttl_s: u64, ready: u64) -> Result<(), BrokerError> {
     let now_s = wire::now_s();
-    // A second more: the times are cut off.
-    let expires_s = |held: &Held| held.counts.since_s.saturating_add(ttl_s).saturating_add(1);
+    let expires_s = |held: &Held| expires_s(held, ttl_s);
     if let Some(puller) = client.puller() {
         let old = puller.take_waiting(|held| expires_s(held) <= now_s);
         bury(shared, &client.id, with_attempts(old), DeadReason::Expired).await?;
     }
-    if ready == 0 || now_s < client.next_look_s() {
+    // While somebody reads the inbox the rest is judged as it comes: to look at the front meanwhile would cost the order.
+    if ready == 0 || now_s < client.next_look_s() || client.is_inbox_read() {
         return Ok(());
     }
     let mut harvest = Harvest::of_inbox(shared, client);
-    loop {
+    for _ in 0..CHUNKS_MAX {
         let Chunk { dying, next, is_end } = take_chunk(shared, client, &mut harvest, CHUNK, |held| {
             let expires_s = expires_s(held);
             if expires_s <= now_s { Ok(()) } else { Err(expires_s) }
@@ -93,9 +96,21 @@ async fn expire(shared: &Arc<Shared>, client: &Client, ttl_s: u64, ready: u64) -
         client.set_next_look_s(next.unwrap_or(0).min(now_s + LOOK_AGAIN_S));
         bury(shared, &client.id, with_attempts(dying), DeadReason::Expired).await?;
         if is_end || next.is_some() {
-            return Ok(());
+            break;
         }
     }
+    Ok(())
+}
+
+/// When a message in an inbox has waited too long, in seconds since the epoch.
+fn expires_s(held: &Held, ttl_s: u64) -> u64 {
+    // A second more: the times are cut off.
+    held.counts.since_s.saturating_add(ttl_s).saturating_add(1)
+}
+
+/// Whether a message in the client's inbox has waited too long.
+pub(super) fn is_expired(client: &Client, held: &Held) -> bool {
+    client.inbox_ttl_s().is_some_and(|ttl_s| expires_s(held, ttl_s) <= wire::now_s())
 }
 
 /// Makes dead letters of the oldest that nobody has taken.
@@ -114,7 +129,10 @@ async fn push_out(shared: &Arc<Shared>, client: &Client, excess: u64, ready: u64
     }
     let mut left = left.min(ready);
     let mut harvest = Harvest::of_inbox(shared, client);
-    while left > 0 {
+    for _ in 0..CHUNKS_MAX {
+        if left == 0 {
+            break;
+        }
         let most = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
         let Chunk { dying, is_end, .. } = take_chunk(shared, client, &mut harvest, most, |_| Ok(())).await?;
         left = left.saturating_sub(dying.len() as u64);

@@ -514,6 +514,17 @@ impl Broker for AmqpBroker {
         self.shared.thread.run("count messages", async move { shared.depths(&client).await }).await
     }
 
+    /// Of what this process was handed: RabbitMQ does not say it of the rest.
+    async fn oldest(&self, queue: &Queue) -> Result<Option<Timestamp>, BrokerError> {
+        let shared = &self.shared;
+        let client = shared.clients.owner(queue);
+        let consumers = client.as_ref().map_or_else(|| shared.standing_consumers(), |client| client.consumers());
+        let held = consumers.iter().filter(|core| core.queue == *queue).filter_map(|core| core.oldest_s());
+        let pulled = client.filter(|_| matches!(queue, Queue::Inbox(_))).and_then(|client| client.puller()?.oldest_s());
+        let oldest_s = held.chain(pulled).min().and_then(|at_s| i64::try_from(at_s).ok());
+        Ok(oldest_s.map(|at_s| Timestamp::from_millis(at_s.saturating_mul(1000))))
+    }
+
     async fn dead_letters(
         &self,
         client: &ClientId,

@@ -12,6 +12,7 @@ use super::error::{broker_error, db_error, unavailable};
 use super::held::Held;
 use super::intake::IntakeChannel;
 use super::lane::{Fate, Outgoing, Refusal};
+use super::limits;
 use super::pull::Leased;
 use super::topology;
 use super::wire::{self, Counts, short};
@@ -58,7 +59,7 @@ pub(super) async fn settle(core: Arc<ConsumerCore>, settlements: Vec<Settlement>
     } else {
         let shared = Arc::clone(&core.shared);
         let places: Vec<u64> = moves.iter().map(|(held, _)| held.place).collect();
-        core.begin_moving(&places);
+        core.begin_moving(moves.iter().map(|(held, _)| held));
         let moved = async move {
             let moved = move_on(&core, order, moves).await;
             core.end_moving(&places);
@@ -300,7 +301,7 @@ async fn finish(core: &ConsumerCore, moves: Vec<Move>, fates: Vec<Fate>, action:
             Ok(()) => moved.push(one),
             Err(why) => {
                 refusal.get_or_insert_with(|| (why, outgoing(core, &one.held, &one.onward)));
-                back.push(one.held);
+                back.push(with_its_id(shared, one));
             }
         }
     }
@@ -323,6 +324,18 @@ async fn finish(core: &ConsumerCore, moves: Vec<Move>, fates: Vec<Fate>, action:
         None if acked => Ok(()),
         None => Err(unavailable(action)),
     }
+}
+
+/// What could not go on, or is not known to have. Where its sender gave it no id it keeps the one that it was given.
+fn with_its_id(shared: &Shared, one: Move) -> Held {
+    let mut held = one.held;
+    if let (Payload::Foreign(foreign), Onward::Forward(_, message)) = (&mut held.payload, &one.onward)
+        && !message.own_id
+    {
+        shared.memory.note_id(held.key, message.id.as_str());
+        foreign.message_id = Some(message.id.as_str().to_owned());
+    }
+    held
 }
 
 /// Where a message was to go, for people.
@@ -433,7 +446,7 @@ fn note_routed(shared: &Shared, target: Target, message: &SharedMessage) {
     }
 }
 
-/// Lets a delivery pass, or deals with one that is for nobody: what is no message in an inbox becomes a dead letter;
+/// Lets a delivery pass, or deals with one that is for nobody: what is no message in an inbox, or has waited too long, becomes a dead letter;
 /// what its receiver has settled, or was delayed for an earlier client of the same name, is dropped.
 pub(super) fn admit(shared: &Arc<Shared>, queue: &Queue, held: Held) -> Option<Held> {
     let Queue::Inbox(id) = queue else { return Some(held) };
@@ -447,14 +460,15 @@ pub(super) fn admit(shared: &Arc<Shared>, queue: &Queue, held: Held) -> Option<H
         acknowledge(vec![held]);
         return None;
     }
-    if matches!(held.payload, Payload::Message(_)) {
-        return Some(held);
-    }
-    let task = Arc::clone(shared);
+    let reason = match held.payload {
+        Payload::Message(_) if !limits::is_expired(&client, &held) => return Some(held),
+        Payload::Message(_) => DeadReason::Expired,
+        Payload::Foreign(_) => DeadReason::InvalidMessage,
+    };
+    let (task, attempts) = (Arc::clone(shared), held.counts.attempts);
     shared.thread.spawn(async move {
-        let reason = DeadReason::InvalidMessage;
-        if let Err(error) = bury(&task, &client.id, vec![(held, 0)], reason).await {
-            log::warn!("what is no message in the inbox of {} stays there for now: {error}", client.id);
+        if let Err(error) = bury(&task, &client.id, vec![(held, attempts)], reason).await {
+            log::warn!("what should be a dead letter stays in the inbox of {} for now: {error}", client.id);
         }
     });
     None

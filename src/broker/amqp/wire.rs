@@ -19,6 +19,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use crate::broker::{DeadLetter, DeadReason, Foreign, Origin, Payload};
 use crate::client::{BACKBONE_SENDER, ClientId};
 use crate::envelope::{Message, MessageId};
+use crate::intake::TRACEPARENT_BYTES_MAX;
 use crate::time::Timestamp;
 use crate::topic::Topic;
 
@@ -96,9 +97,6 @@ pub(super) fn short(text: &str) -> ShortString {
         ShortString::from(&text[..end])
     })
 }
-
-/// Longest header that can be a W3C `traceparent` of whatever version, with room to spare. Longer ones are not kept.
-const TRACEPARENT_BYTES_MAX: usize = 128;
 
 /// The properties under which a payload is published. `user` is the backbone's own, where it is known.
 pub(super) fn properties(payload: &Payload, counts: Counts, user: Option<&str>) -> BasicProperties {

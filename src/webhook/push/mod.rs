@@ -259,7 +259,7 @@ impl<H: Host> Push<H> {
             if let Some(ending) = self.ending(now) {
                 return ending;
             }
-            let wake = self.wake_at();
+            let wake = self.wake_at(now);
             let room = self.room();
             tokio::select! {
                 biased;
@@ -373,9 +373,8 @@ impl<H: Host> Push<H> {
         }
     }
 
-    /// When the loop must look again by itself.
-    fn wake_at(&self) -> Option<Instant> {
-        let now = Instant::now();
+    /// When the loop must look again by itself. `now` is when it last did: what opened since then was not seen.
+    fn wake_at(&self, now: Instant) -> Option<Instant> {
         let gate = match self.gate(now) {
             Gate::Until(until) if !self.is_ending() => Some(until),
             _ => None,

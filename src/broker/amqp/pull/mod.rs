@@ -130,6 +130,16 @@ impl Puller {
         self.client.upgrade().is_none_or(|client| client.is_gone())
     }
 
+    /// Whether RabbitMQ hands it deliveries.
+    pub(super) fn is_subscribed(&self) -> bool {
+        matches!(self.inner.lock().phase, Phase::Subscribed(_))
+    }
+
+    /// When the oldest of what it holds came into the inbox, in seconds since the epoch.
+    pub(super) fn oldest_s(&self) -> Option<u64> {
+        self.inner.lock().store.oldest_s()
+    }
+
     /// Whether there is anything that it has or waits for.
     pub(super) fn is_running(&self) -> bool {
         self.inner.lock().is_running

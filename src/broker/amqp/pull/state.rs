@@ -112,6 +112,12 @@ impl Store {
         self.buffer.len() + self.leases.len()
     }
 
+    /// When the oldest of them came into the inbox, in seconds since the epoch.
+    pub(super) fn oldest_s(&self) -> Option<u64> {
+        let leased = self.leases.values().map(|lease| &lease.waiting);
+        self.buffer.iter().chain(leased).map(|waiting| waiting.held.counts.since_s).min()
+    }
+
     /// How long the messages of this inbox are, in bytes: an average of the last ones.
     pub(super) fn average_size(&self) -> usize {
         self.average_size
