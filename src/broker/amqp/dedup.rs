@@ -109,7 +109,18 @@ impl Dedup {
     pub(super) async fn open(db: Db, window: Duration) -> Result<Self, DbError> {
         db.write(|connection| connection.execute_batch(CREATE)).await?;
         let window_ms = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
-        Ok(Self { db, window_ms, accepting: Arc::default(), routing: Arc::default() })
+        let dedup = Self { db, window_ms, accepting: Arc::default(), routing: Arc::default() };
+        // Slots are as long as the window makes them. What was noted under another is kept for as long as this one.
+        let last = dedup.slot(Timestamp::now());
+        dedup
+            .db
+            .write(move |connection| {
+                let mut renumber = connection
+                    .prepare("UPDATE OR IGNORE dedup_amqp_id SET slot = ?2 WHERE slot NOT BETWEEN ?1 AND ?2")?;
+                renumber.execute(params![last - SLOTS_PER_WINDOW, last])
+            })
+            .await?;
+        Ok(dedup)
     }
 
     /// Takes these ids, all at once; waits while another has one of them.
@@ -294,6 +305,17 @@ mod tests {
             }
             assert!(std::time::Instant::now() < deadline, "{left} are left");
             actix_rt::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    #[actix_rt::test]
+    async fn ids_are_known_under_another_window() {
+        let (_directory, db, dedup) = open(Duration::from_secs(600)).await;
+        let now = Timestamp::now().as_millis();
+        dedup.note(Fact::Routed, vec![id(1, now)]).await.expect("notes");
+        for seconds in [86_400, 60, 600] {
+            let dedup = Dedup::open(db.clone(), Duration::from_secs(seconds)).await.expect("opens");
+            assert_eq!(dedup.known(Fact::Routed, vec![id(1, now)]).await.expect("looks"), [true], "{seconds} s");
         }
     }
 

@@ -96,7 +96,9 @@ impl Session {
     /// Logs in.
     pub(super) async fn open(uri: &AMQPUri) -> Result<Self, lapin::Error> {
         let [a, b, c, d, e] = Role::ALL.map(|role| connect(uri, role.name()));
-        let (a, b, c, d, e) = futures_util::try_join!(a, b, c, d, e)?;
+        // One first: whoever takes connections and does not answer is not asked five times.
+        let a = a.await?;
+        let (b, c, d, e) = futures_util::try_join!(b, c, d, e)?;
         Ok(Self {
             uri: uri.clone(),
             connections: [a, b, c, d, e],
