@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use actix::prelude::*;
-use futures_util::{StreamExt as _, stream};
+use futures_util::future::LocalBoxFuture;
+use futures_util::{FutureExt as _, StreamExt as _, stream};
 use tokio::sync::oneshot;
 
 use super::{ChildNews, Control, Identity, Shared, supervision};
@@ -161,12 +162,17 @@ impl<S: Stage> Handler<Control> for Pipeline<S> {
 }
 
 /// Decides a batch and hands it over.
-fn settle<S: Stage>(stage: &S, batch: Vec<Delivery>) -> impl Future<Output = Result<(), BrokerError>> + use<S> {
+fn settle<S: Stage>(stage: &S, batch: Vec<Delivery>) -> LocalBoxFuture<'static, Result<(), BrokerError>> {
     let decided = batch.into_iter().map(|delivery| {
         let outcome = stage.decide(&delivery);
         (delivery, outcome)
     });
-    broker::settle(decided.collect())
+    let mut settling = broker::settle(decided.collect()).boxed_local();
+    // The first poll puts the batch in line, behind those before it.
+    match settling.as_mut().now_or_never() {
+        Some(result) => std::future::ready(result).boxed_local(),
+        None => settling,
+    }
 }
 
 /// What became of a batch.
