@@ -269,6 +269,21 @@ rabbitmq_tests! {
         }
     }
 
+    async fn a_header_as_long_as_a_frame_goes_no_further(app: &mut AmqpApp) {
+        let sender = app.onboard("sender", &[]).await;
+        let receiver = app.onboard("receiver", &["x"]).await;
+        // It fits into a frame as it comes. With what the backbone adds it would not, and RabbitMQ ends the connection.
+        let long = json!({"headers": {"traceparent": "0".repeat(130_900)}});
+        app.peer.publish_all(vec![
+            outgoing("", "sender-outbox", "not JSON", long.clone()),
+            outgoing("", "sender-outbox", json!({"topic": "x", "message": 1}).to_string(), long),
+        ]).await;
+        assert_eq!(messages(&receiver.receive_exactly(1, "").await), [json!(1)]);
+        assert_eq!(sender.dead_letters(1).await[0]["reason"], "invalid_message");
+        let log = app.router.log();
+        assert!(!log.contains("broke"), "no connection ended:\n{log}");
+    }
+
     async fn what_cannot_be_read_is_a_dead_letter_and_blocks_nothing(app: &mut AmqpApp) {
         let sender = app.onboard("sender", &[]).await;
         let receiver = app.onboard("receiver", &["x"]).await;

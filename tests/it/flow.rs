@@ -1,7 +1,7 @@
 //! From sender to receivers, through every hop, on every broker.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -99,6 +99,26 @@ broker_tests! {
         assert_eq!(came[0]["sender"], "sender");
         assert_ne!(came[0]["sent_at"], "2000-01-01T00:00:00Z");
         assert!(came[0].get("broadcast").is_none());
+    }
+
+    async fn a_pull_of_long_messages_gets_what_fits_at_once(app: &mut TestApp) {
+        let client = app.onboard("client", &["x"]).await;
+        let long = "y".repeat(700_000);
+        for batch in 0..3 {
+            let batch: Vec<Value> = (0..16).map(|n| json!({"topic": "x", "message": format!("{}{long}", batch * 16 + n)})).collect();
+            client.send_all(batch.into()).await;
+        }
+        client.wait_for_depth("inbox", 48).await;
+        let mut came = 0;
+        while came < 48 {
+            let begun = Instant::now();
+            let messages = client.receive("max=100").await;
+            assert!(!messages.is_empty() && begun.elapsed() < Duration::from_secs(8), "{came} came before");
+            for envelope in messages {
+                assert!(envelope["message"].as_str().expect("text").starts_with(&format!("{came}y")));
+                came += 1;
+            }
+        }
     }
 
     async fn own_id_sent_twice_is_routed_once(app: &mut TestApp) {
