@@ -289,12 +289,7 @@ impl BrokerEnv {
     /// Takes exactly `count` messages off a queue's front and forwards them.
     pub(crate) async fn forward(&self, queue: &Queue, target: Target, count: usize) {
         let mut consumer = self.consume(queue, 256).await;
-        let mut left = count;
-        while left > 0 {
-            let batch = next(&mut consumer, left.min(256)).await;
-            left -= batch.len();
-            forward_all(batch, target).await;
-        }
+        forward_from(&mut consumer, target, count).await;
     }
 
     /// Puts one message for each body into the inboxes that `topic` leads to, in order.
@@ -391,6 +386,16 @@ pub(crate) async fn next_exactly(consumer: &mut Consumer, count: usize) -> Vec<D
         all.extend(next(consumer, count - all.len()).await);
     }
     all
+}
+
+/// Forwards the next `count` messages of a consumer, as they are.
+pub(crate) async fn forward_from(consumer: &mut Consumer, target: Target, count: usize) {
+    let mut left = count;
+    while left > 0 {
+        let batch = next(consumer, left.min(256)).await;
+        left -= batch.len();
+        forward_all(batch, target).await;
+    }
 }
 
 /// Forwards each delivery's own message.
