@@ -70,7 +70,9 @@ fn patterns(random: &mut StdRng) -> Vec<String> {
 /// The whole script of a seed. The first client sends, and stays.
 fn script(seed: u64) -> Vec<Act> {
     let mut random = StdRng::seed_from_u64(seed);
-    let mut acts = vec![Act::Create("sender".into(), patterns(&mut random))];
+    // At first nobody listens.
+    let nobody = (0..TOPICS).map(|_| topic(&mut random)).collect();
+    let mut acts = vec![Act::Create("sender".into(), Vec::new()), Act::Send(nobody)];
     let mut there: Vec<String> = Vec::new();
     for round in 0..ROUNDS {
         let names: Vec<String> = (0..CLIENTS).map(|n| format!("client-{n}")).collect();

@@ -13,7 +13,7 @@ use backbone::db::webhooks::{EndpointNotes, RING_ROWS, WebhookTables};
 use backbone::time::Timestamp;
 use backbone::webhook::AttemptLog;
 use backbone::webhook::answer::Answer;
-use backbone::webhook::attempts::Attempt;
+use backbone::webhook::attempts::{Attempt, AttemptId};
 use base64::Engine as _;
 use parking_lot::Mutex;
 use reqwest::Method;
@@ -181,6 +181,17 @@ broker_tests! {
         let since = Timestamp::now().plus_millis(-(5 * 86_400_000 + 1000));
         let notes = EndpointNotes { failing_since: Some(since), head: None };
         tables.note(&client_id("receiver"), &endpoint.url(), &notes).await.expect("writes");
+        // It failed in between as well: two failures far apart say nothing of the days between them.
+        let yesterday = Attempt {
+            id: AttemptId::from_i64(1),
+            message_id: "an-id".into(),
+            at: Timestamp::now().plus_millis(-20 * 3_600_000),
+            status: Some(500),
+            error: Some("it answered 500".into()),
+            latency_ms: 1,
+            response: "".into(),
+        };
+        tables.append(vec![(client_id("receiver"), yesterday)]).await.expect("writes");
         db.close();
         app.router.restart().await;
         send(&sender, 0..3).await;
