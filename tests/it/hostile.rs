@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 
 use crate::support::http::{Client, messages};
 use crate::support::memory::resident_bytes;
-use crate::support::wait::{SOON, soon};
+use crate::support::wait::{SOON, pace, soon};
 use crate::support::{TestApp, eventually};
 
 /// Memory that hostile input may cost, at most. Above what requests may hold at once; far below what they try.
@@ -97,13 +97,12 @@ broker_tests! {
         let mut peak = before;
         let attack = futures_util::future::join_all(hostile);
         futures_util::pin_mut!(attack);
+        // Memory tells nobody when it grows: looked at again and again while the bodies come.
+        let mut looks = pace(Duration::from_millis(5));
         let answers = loop {
-            // Memory tells nobody when it grows: looked at again and again while the bodies come.
-            let tick = actix_rt::time::sleep(Duration::from_millis(5));
-            futures_util::pin_mut!(tick);
-            match futures_util::future::select(&mut attack, tick).await {
-                futures_util::future::Either::Left((answers, _)) => break answers,
-                futures_util::future::Either::Right(_) => peak = peak.max(resident_bytes(app.router.pid())),
+            tokio::select! {
+                answers = &mut attack => break answers,
+                _ = looks.tick() => peak = peak.max(resident_bytes(app.router.pid())),
             }
         };
         // An answer may be lost when the router closes before all was sent; one that comes says why.

@@ -14,7 +14,7 @@ use backbone::client::ClientId;
 use crate::support::control::{ControlPlane, state_of};
 use crate::support::env::message;
 use crate::support::eventually;
-use crate::support::wait::SOON;
+use crate::support::wait::{SOON, pace};
 
 /// How long a bystander's message may take while others' actors panic. Debug builds on a busy machine are slow; what a
 /// restart with backoff would add is seconds.
@@ -29,12 +29,13 @@ async fn publish(
     stop: Rc<Cell<bool>>,
 ) -> usize {
     let mut sent = 0;
+    // Lets the others work, and does not build a backlog that takes minutes.
+    let mut ticks = pace(Duration::from_millis(5));
     while !stop.get() {
         let batch = (sent..sent + 5).map(|n| message(&sender, topic, &n.to_string())).collect();
         broker.publish(&queue, batch).await.expect("publishes");
         sent += 5;
-        // Lets the others work, and does not build a backlog that takes minutes.
-        actix_rt::time::sleep(Duration::from_millis(5)).await;
+        ticks.tick().await;
     }
     sent
 }

@@ -8,7 +8,8 @@ use reqwest::Method;
 use serde_json::json;
 
 use crate::support::env::{
-    BrokerEnv, bodies, client_id, delivered_bodies, message, next_exactly, numbered, settle_all,
+    BrokerEnv, bodies, client_id, delivered_bodies, message, next_exactly, numbered, numbers, settle_all,
+    try_forward_all,
 };
 use crate::support::eventually;
 use crate::support::fixture::{BrokerKind, Fixture};
@@ -59,6 +60,26 @@ async fn a_queue_of_another_type_is_named_with_the_way_out() {
         let b = env.client("b", &["x"]).await;
         env.route(&a, "x", &["2"]).await;
         assert_eq!(bodies(&env.pull_exactly(&b, 1, PullMode::Auto).await), ["2"]);
+        env.finish().await;
+    }
+}
+
+/// What was handed out behind messages that could not go on does not go on before them.
+#[actix_rt::test]
+async fn nothing_overtakes_what_could_not_be_forwarded() {
+    for kind in [BrokerKind::RabbitmqClassic, BrokerKind::RabbitmqQuorum] {
+        let env = BrokerEnv::start(kind).await;
+        let a = env.client("a", &[]).await;
+        let outbox = Queue::Outbox(a.clone());
+        env.publish(&outbox, numbered(&a, "x", 10)).await;
+        let mut consumer = env.consume(&outbox, 10).await;
+        let first = next_exactly(&mut consumer, 5).await;
+        let second = next_exactly(&mut consumer, 5).await;
+        delete(env.virtual_host(), "queues", "soar-publish").await;
+        try_forward_all(first, Target::Publish).await.expect_err("there is no next queue");
+        // It is there again now, but these are behind the others.
+        try_forward_all(second, Target::Publish).await.expect_err("others are before them");
+        assert_eq!(delivered_bodies(&next_exactly(&mut consumer, 10).await), numbers(10), "{kind:?}");
         env.finish().await;
     }
 }

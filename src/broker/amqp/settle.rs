@@ -446,8 +446,8 @@ fn note_routed(shared: &Shared, target: Target, message: &SharedMessage) {
     }
 }
 
-/// Lets a delivery pass, or deals with one that is for nobody: what is no message in an inbox, or has waited too long, becomes a dead letter;
-/// what its receiver has settled, or was delayed for an earlier client of the same name, is dropped.
+/// Lets a delivery pass, or deals with one that is for nobody: what is no message in an inbox, or has waited too long,
+/// becomes a dead letter; what its receiver has settled, or was delayed for an earlier client of the same name, is dropped.
 pub(super) fn admit(shared: &Arc<Shared>, queue: &Queue, held: Held) -> Option<Held> {
     let Queue::Inbox(id) = queue else { return Some(held) };
     let Some(client) = shared.clients.get(id) else {

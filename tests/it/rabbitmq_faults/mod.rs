@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use crate::support::http::Client;
 use crate::support::load::Traffic;
-use crate::support::wait::SOON;
+use crate::support::wait::{SOON, pace};
 use crate::support::{TestApp, eventually};
 
 /// How soon a sender is told that the broker is away.
@@ -89,6 +89,7 @@ impl Scene {
         .await;
         let noticed = since.elapsed();
         let (mut slowest, mut calls) = (Duration::ZERO, 0);
+        let mut ticks = pace(Duration::from_millis(100));
         let until = Instant::now() + duration;
         loop {
             let body = json!({"topic": "load.none", "message": "is anybody there"});
@@ -104,7 +105,7 @@ impl Scene {
                 break;
             }
             // The pace of the calls: what must hold is asserted of each, all the while.
-            actix_rt::time::sleep(Duration::from_millis(100)).await;
+            ticks.tick().await;
         }
         println!("{reason}: noticed after {noticed:?}; the slowest refusal of {calls} took {slowest:?}");
         assert!(slowest < PROMPTLY, "a refusal took {slowest:?}");

@@ -8,6 +8,7 @@ use super::TestApp;
 use super::browser::Browser;
 use super::fixture::{BrokerKind, Fixture};
 use super::http::Client;
+use super::wait::pace;
 
 /// A router and a browser that is signed in to its console.
 pub(crate) struct Console {
@@ -70,19 +71,21 @@ impl Traffic {
     pub(crate) fn between(sender: &Client, topic: &str, receivers: &[&Client]) -> Self {
         let (sender, topic) = (sender.clone(), topic.to_owned());
         let sending = actix_rt::spawn(async move {
+            let mut ticks = pace(PACE);
             for n in 0_u64.. {
                 let batch: Vec<_> = (0..20).map(|k| json!({"topic": topic, "message": {"n": n * 20 + k}})).collect();
                 // A router that is stopped by the test refuses.
                 let _ = sender.post("/send").json(&json!(batch)).try_send().await;
-                actix_rt::time::sleep(PACE).await;
+                ticks.tick().await;
             }
         });
         let reading = receivers.iter().map(|&receiver| {
             let receiver = receiver.clone();
             actix_rt::spawn(async move {
+                let mut ticks = pace(PACE);
                 loop {
                     if receiver.get("/receive?max=1000&wait=5").try_send().await.is_err() {
-                        actix_rt::time::sleep(PACE).await;
+                        ticks.tick().await;
                     }
                 }
             })

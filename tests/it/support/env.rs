@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backbone::broker::{
-    Broker, Consumer, Delivery, Depths, Health, Outcome, Published, PullMode, Pulled, Queue, Target, settle,
+    Broker, BrokerError, Consumer, Delivery, Depths, Health, Outcome, Published, PullMode, Pulled, Queue, Target,
+    settle,
 };
 use backbone::client::{ClientId, Limits};
 use backbone::db::Db;
@@ -400,11 +401,16 @@ pub(crate) async fn forward_from(consumer: &mut Consumer, target: Target, count:
 
 /// Forwards each delivery's own message.
 pub(crate) async fn forward_all(batch: Vec<Delivery>, target: Target) {
+    try_forward_all(batch, target).await.expect("forwards");
+}
+
+/// The same, where it may fail.
+pub(crate) async fn try_forward_all(batch: Vec<Delivery>, target: Target) -> Result<(), BrokerError> {
     let outcomes = batch.into_iter().map(|delivery| {
         let message = Arc::clone(delivery.payload.message().expect("a message"));
         (delivery, Outcome::Forward(target, message))
     });
-    settle(outcomes.collect()).await.expect("forwards");
+    settle(outcomes.collect()).await
 }
 
 /// Settles all alike.

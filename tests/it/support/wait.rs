@@ -13,6 +13,13 @@ pub(crate) const SOON: Duration = Duration::from_secs(30);
 /// How long a test watches that something does *not* happen. It can miss a fault, never invent one.
 pub(crate) const A_WHILE: Duration = Duration::from_millis(150);
 
+/// The pace of something that is done again and again, as traffic is: a tick that comes late moves the next ones.
+pub(crate) fn pace(period: Duration) -> actix_rt::time::Interval {
+    let mut pace = actix_rt::time::interval(period);
+    pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    pace
+}
+
 /// Looks again and again until `condition` gives something, and returns it.
 ///
 /// # Panics
