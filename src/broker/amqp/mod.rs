@@ -506,7 +506,7 @@ impl Broker for AmqpBroker {
     ) -> Result<Vec<Receipt>, BrokerError> {
         let (shared, client) = (Arc::clone(&self.shared), client.clone());
         let task = async move { settle::settle_pulled(&shared, &client, receipts, outcome).await };
-        self.shared.thread.run("settle pulled messages", task).await
+        self.shared.thread.carry(task).await
     }
 
     async fn depths(&self, client: &ClientId) -> Result<Depths, BrokerError> {

@@ -57,7 +57,7 @@ pub(super) async fn publish(
         let room = Arc::clone(&shared.pending).acquire_many_owned(permits).await;
         let room = room.map_err(|_| BrokerError::new(BrokerErrorKind::Closed, &action))?;
         let task = take(Arc::clone(shared), queue.clone(), messages, room);
-        shared.thread.run(&action, task).await
+        shared.thread.carry(task).await
     };
     tokio::select! {
         taken = work => taken,

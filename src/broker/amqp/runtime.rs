@@ -5,6 +5,8 @@
 //! connection adds a thread that does its reading, parsing and writing.
 
 use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -68,6 +70,15 @@ impl AmqpThread {
         }
     }
 
+    /// Runs `task` where it is called, for what each message goes through: every thread between costs it time. When the
+    /// future is dropped, the thread carries on with the task.
+    pub(super) fn carry<F>(&self, task: F) -> impl Future<Output = F::Output> + Send + use<F>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        Carried { task: Some(Box::pin(task)), handle: self.handle.clone() }
+    }
+
     /// Ends it; what still runs on it is dropped. Later tasks are not run.
     pub(super) fn stop(&self) {
         self.stop.lock().take();
@@ -84,5 +95,34 @@ impl Drop for AmqpThread {
     fn drop(&mut self) {
         // Not joined: the last owner may be a task on this very thread.
         self.stop.lock().take();
+    }
+}
+
+/// See [`AmqpThread::carry`].
+struct Carried<F: Future<Output: Send> + Send + 'static> {
+    /// Until it has ended.
+    task: Option<Pin<Box<F>>>,
+    handle: Handle,
+}
+
+impl<F: Future<Output: Send> + Send + 'static> Future for Carried<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        // Not put back when it panics.
+        let mut task = self.task.take().expect("a future is not polled after its end");
+        let polled = task.as_mut().poll(context);
+        if polled.is_pending() {
+            self.task = Some(task);
+        }
+        polled
+    }
+}
+
+impl<F: Future<Output: Send> + Send + 'static> Drop for Carried<F> {
+    fn drop(&mut self) {
+        if let Some(task) = self.task.take() {
+            self.handle.spawn(task);
+        }
     }
 }

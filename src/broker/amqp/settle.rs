@@ -65,7 +65,7 @@ pub(super) async fn settle(core: Arc<ConsumerCore>, settlements: Vec<Settlement>
             core.end_moving(&places);
             moved
         };
-        shared.thread.run(&action, moved).await
+        shared.thread.carry(moved).await
     };
     // Or the channel that they came on is gone; RabbitMQ hands them out again.
     if all_go { moved } else { moved.and(Err(unavailable(action))) }

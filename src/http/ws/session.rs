@@ -80,13 +80,13 @@ pub(super) struct Session {
     outgoing: Outgoing,
     publishing: Publishing,
     settling: Settling,
+    /// By number, which is what the receipt names; oldest first. Dropped before its consumer, which takes it along.
+    unsettled: BTreeMap<u64, (Delivery, usize)>,
+    unsettled_bytes: usize,
     inbox: Option<Consumer>,
     credit: u32,
     /// The prefetch that the inbox's consumer has.
     prefetch: u32,
-    /// By number, which is what the receipt names; oldest first.
-    unsettled: BTreeMap<u64, (Delivery, usize)>,
-    unsettled_bytes: usize,
     /// Length of recent messages, about.
     message_bytes: usize,
     next_receipt: u64,
@@ -117,11 +117,11 @@ impl Session {
             outgoing,
             publishing,
             settling: VecDeque::new(),
+            unsettled: BTreeMap::new(),
+            unsettled_bytes: 0,
             inbox: None,
             credit: 0,
             prefetch: 0,
-            unsettled: BTreeMap::new(),
-            unsettled_bytes: 0,
             message_bytes: MESSAGE_BYTES_GUESSED,
             next_receipt: 0,
             nonce: rand::random(),
@@ -144,8 +144,9 @@ impl Session {
         if tokio::time::timeout(SETTLE_TIMEOUT, settle_the_rest).await.is_err() {
             self.settling.clear();
         }
-        self.inbox = None;
+        // Before its consumer ends: what comes back to that goes back to the inbox in one piece, in order.
         self.give_all_back().await;
+        self.inbox = None;
         if let End::Close(code, why) = end {
             // Whoever was told "accepted" late was told: the answers that are under way go out before the close.
             let last_words = async {

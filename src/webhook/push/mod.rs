@@ -159,6 +159,13 @@ pub struct Push<H> {
     throttle: Throttle,
     pacer: Pacer,
 
+    // Dropped before their consumer, which takes along what comes back to it.
+    waiting: VecDeque<Waiting>,
+    under_way: FuturesUnordered<UnderWay>,
+    settling: FuturesUnordered<Settling>,
+    /// Decided, not settled yet: emptied in each turn.
+    outcomes: Vec<(u32, Delivery, Outcome)>,
+
     consumer: Option<Consumer>,
     opening: Option<Opening>,
     reopen_at: Option<Instant>,
@@ -167,12 +174,6 @@ pub struct Push<H> {
     consumers: u32,
     prefetch: u32,
     hand: Hand,
-
-    waiting: VecDeque<Waiting>,
-    under_way: FuturesUnordered<UnderWay>,
-    settling: FuturesUnordered<Settling>,
-    /// Decided, not settled yet: emptied in each turn.
-    outcomes: Vec<(u32, Delivery, Outcome)>,
 
     /// The head of an ordered webhook, when it has failed before.
     head: Option<Head>,

@@ -28,6 +28,9 @@ use crate::support::{TestApp, eventually};
 /// How soon a sender is told that the broker is away.
 const PROMPTLY: Duration = Duration::from_secs(1);
 
+/// How often a wait that takes long says what is missing.
+const TELL_EVERY: Duration = Duration::from_secs(5);
+
 /// A router under load, and a client that looks at it meanwhile.
 struct Scene {
     app: TestApp,
@@ -49,9 +52,21 @@ impl Scene {
     async fn flows(&self, after: &str) -> Duration {
         let since = Instant::now();
         let (accepted, received) = (self.traffic.load.accepted() + 100, self.traffic.received() + 100);
+        let mut told = since;
         eventually(&format!("messages flow {after}"), SOON, async || {
-            let flow = self.traffic.load.accepted() >= accepted && self.traffic.received() >= received;
-            (flow && self.app.api.get("/readyz").send().await.status == 200).then_some(())
+            let (now_accepted, now_received) = (self.traffic.load.accepted(), self.traffic.received());
+            let readiness = self.app.api.get("/readyz").send().await;
+            // For whoever looks for what is in the way.
+            if told.elapsed() > TELL_EVERY {
+                told = Instant::now();
+                println!(
+                    "still {} to be accepted, {} to be received; {}",
+                    accepted.saturating_sub(now_accepted),
+                    received.saturating_sub(now_received),
+                    readiness.json()
+                );
+            }
+            (now_accepted >= accepted && now_received >= received && readiness.status == 200).then_some(())
         })
         .await;
         since.elapsed()

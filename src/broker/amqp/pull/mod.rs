@@ -67,8 +67,17 @@ struct Inner {
     /// The most that one of them asks for.
     wanted: usize,
     last_pull: Instant,
+    /// When the task looks again by itself.
+    looks_at: Instant,
     /// Whether the task runs.
     is_running: bool,
+}
+
+impl Inner {
+    /// Until when the buffer is kept for a next pull.
+    fn lingers_until(&self) -> Instant {
+        self.last_pull + task::LINGER
+    }
 }
 
 enum Phase {
@@ -111,6 +120,7 @@ impl Puller {
             pulls: 0,
             wanted: 0,
             last_pull: Instant::now(),
+            looks_at: Instant::now(),
             is_running: false,
         };
         Arc::new(Self {
@@ -189,14 +199,30 @@ impl Puller {
                     Instant::now() + ASK_AGAIN_AFTER
                 }
                 View::None if is_late => return Err(unavailable(action())),
-                View::None => begun + wait.max(SUBSCRIBE_WITHIN),
+                View::None => {
+                    // It subscribes.
+                    self.work.notify_one();
+                    begun + wait.max(SUBSCRIBE_WITHIN)
+                }
             };
             tokio::select! {
                 () = changed => {}
+                () = std::future::poll_fn(|context| self.poll_arrivals(context)) => {}
                 _ = link.changed() => {}
                 () = tokio::time::sleep_until(until) => is_late = Instant::now() >= begun + wait,
             }
         }
+    }
+
+    /// Ready when deliveries have come, or there will be none. While there are pulls they look themselves: the task, on
+    /// another thread, would only have to pass it on. Lapin wakes whoever looked last, who wakes the others.
+    fn poll_arrivals(&self, context: &mut Context<'_>) -> Poll<()> {
+        let has_changed = self.take_in(&mut self.inner.lock(), Some(context));
+        if !has_changed {
+            return Poll::Pending;
+        }
+        self.changed.notify_waiters();
+        Poll::Ready(())
     }
 
     fn enter(self: &Arc<Self>, max: usize) -> Pull {
@@ -204,8 +230,12 @@ impl Puller {
         inner.pulls += 1;
         inner.wanted = if inner.pulls == 1 { max } else { inner.wanted.max(max) };
         self.start(&mut inner);
+        // To wake the task costs more than all the rest of a pull.
+        let is_idle = matches!(inner.phase, Phase::Idle);
         drop(inner);
-        self.work.notify_one();
+        if is_idle {
+            self.work.notify_one();
+        }
         Pull(Arc::clone(self))
     }
 
@@ -258,9 +288,8 @@ impl Puller {
         !inner.is_partial
     }
 
-    /// Takes deliveries in. Returns whether anything changed.
+    /// Takes deliveries in. Returns whether anything changed. Whoever waited for deliveries has to look again.
     fn take_in(&self, inner: &mut Inner, context: Option<&mut Context<'_>>) -> bool {
-        let is_look = context.is_none();
         let mut nobody = Context::from_waker(std::task::Waker::noop());
         let context = context.unwrap_or(&mut nobody);
         let Inner { store, phase, is_partial, .. } = inner;
@@ -281,19 +310,22 @@ impl Puller {
                     *phase = Phase::Idle;
                     store.drop_dead();
                     has_changed = true;
+                    // It subscribes again.
+                    self.work.notify_one();
                 }
             }
-        }
-        if is_look {
-            // The task has lost its place in line to this look.
-            self.work.notify_one();
         }
         has_changed
     }
 
     fn take(&self, max: usize, mode: PullMode) -> Vec<Taken> {
-        let taken = self.inner.lock().store.take(max, mode, || NEXT_RECEIPT.fetch_add(1, Ordering::Relaxed));
-        self.work.notify_one();
+        let mut inner = self.inner.lock();
+        let taken = inner.store.take(max, mode, || NEXT_RECEIPT.fetch_add(1, Ordering::Relaxed));
+        let is_due_sooner = inner.store.next_deadline().is_some_and(|at| at < inner.looks_at.into_std());
+        drop(inner);
+        if is_due_sooner {
+            self.work.notify_one();
+        }
         taken
     }
 
@@ -370,7 +402,11 @@ impl Puller {
         let mut inner = self.inner.lock();
         self.take_in(&mut inner, None);
         inner.store.drop_dead();
-        Ok((ready, inner.store.len() as u64))
+        let here = inner.store.len() as u64;
+        drop(inner);
+        // Looking has taken the place of whoever waits for deliveries.
+        self.wake();
+        Ok((ready, here))
     }
 }
 
@@ -392,8 +428,13 @@ impl Drop for Pull {
         let mut inner = self.0.inner.lock();
         inner.pulls -= 1;
         inner.last_pull = Instant::now();
+        let is_due_sooner = inner.looks_at > inner.lingers_until();
         drop(inner);
-        self.0.work.notify_one();
+        // Others may have to look in its place: for deliveries, and at what it has left.
+        self.0.changed.notify_waiters();
+        if is_due_sooner {
+            self.0.work.notify_one();
+        }
     }
 }
 

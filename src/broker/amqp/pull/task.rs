@@ -12,7 +12,7 @@ use super::{Inner, Phase, Puller};
 use crate::broker::amqp::held::Held;
 
 /// For how long after a pull the buffer is kept for the next one. Short: what is in it no AMQP reader can get.
-const LINGER: Duration = Duration::from_millis(300);
+pub(super) const LINGER: Duration = Duration::from_millis(300);
 
 /// Deliveries that the consumer may have unsettled, at least and at most.
 const PREFETCH_MIN: usize = 8;
@@ -70,8 +70,11 @@ impl Puller {
     /// Ready when anything came, or a phase ended; with the error of a subscription that failed.
     fn poll(&self, context: &mut Context<'_>) -> Poll<Option<lapin::Error>> {
         let mut inner = self.inner.lock();
+        let is_pulled = inner.pulls > 0;
         match &mut inner.phase {
             Phase::Idle => Poll::Pending,
+            // They look themselves.
+            Phase::Subscribed(_) if is_pulled => Poll::Pending,
             Phase::Subscribed(_) => {
                 if self.take_in(&mut inner, Some(context)) {
                     Poll::Ready(None)
@@ -121,7 +124,7 @@ impl Puller {
             inner.store.end_all_leases().iter().for_each(|held| self.shared.give_back(held));
         }
         let is_wanted = !ended && (inner.pulls > 0 || inner.store.is_renewing());
-        let lingers_until = inner.last_pull + LINGER;
+        let lingers_until = inner.lingers_until();
         let is_left = !is_wanted && (ended || now >= lingers_until);
         let prefetch = prefetch(&inner);
         let is_short = match &inner.phase {
@@ -155,12 +158,14 @@ impl Puller {
         if let Some(deadline) = inner.store.next_deadline() {
             until = until.min(Instant::from_std(deadline));
         }
-        if !is_wanted && !is_left {
+        // Where one pull follows the other as well: it is then not woken by each.
+        if now < lingers_until {
             until = until.min(lingers_until);
         }
         if is_wanted && matches!(inner.phase, Phase::Idle) {
             until = until.min(retry_at);
         }
+        inner.looks_at = until;
         Next::Wait(until)
     }
 
