@@ -7,9 +7,9 @@ use futures_util::StreamExt as _;
 
 use super::clients::Client;
 use super::error::{Fault, broker_error, db_error, fault_of, with_cause};
-use super::lane::Outgoing;
 use super::seal::Own;
 use super::session::Session;
+use super::window::Outgoing;
 use super::{Shared, state, topology};
 use crate::broker::{BrokerError, BrokerErrorKind, Depths, Queue};
 use crate::client::{ClientId, Limits};

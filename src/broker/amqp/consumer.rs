@@ -19,9 +19,9 @@ use super::Shared;
 use super::clients::Client;
 use super::held::{HELD_FOR_MAX, Held};
 use super::intake::{IntakeChannel, Left, Subscription};
-use super::lane::Broken;
 use super::link::wait_up;
 use super::settle;
+use super::window::Broken;
 use crate::broker::{BrokerError, Consume, Delivery, Queue, Settle, Settlement};
 
 /// Largest prefetch that the protocol can name.

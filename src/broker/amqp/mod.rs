@@ -5,11 +5,11 @@
 //! - `address`, `session`, `link`: where RabbitMQ is, the five connections to it, and the loop that makes them anew.
 //!   `runtime` is the thread on which all of that runs.
 //! - `topology`: names and arguments of everything that is declared. `wire`: how a message looks on RabbitMQ.
-//! - `lane`: publishing with confirms. `publish` takes messages from senders, `settle` moves deliveries on, both with
+//! - `lane`: publishing with confirms, `window` what is on its way. `publish` takes messages from senders, `settle` moves deliveries on, both with
 //!   `dedup` for own ids.
 //! - `intake`: the channels that all consumers share, with `acks`. `consumer` is a standing one; `pull` makes long
 //!   polls and leases of one; `harvest` looks at the front of a queue, for `dead` letters and `limits`. `held` is a
-//!   delivery in this process.
+//!   delivery in this process, `back` how it goes back.
 //! - `clients`, `state`: the clients that are known, in memory and in the file. `admin` declares, binds and deletes them;
 //!   `seal` sees to it that a new queue survives a kill; `users` gives them users of their own, through `management`.
 //! - `chores`: what is done from time to time.
@@ -34,6 +34,7 @@
 mod acks;
 mod address;
 mod admin;
+mod back;
 pub mod bare;
 mod chores;
 mod clients;
@@ -59,24 +60,24 @@ mod state;
 mod stock;
 mod topology;
 mod users;
+mod window;
 mod wire;
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{Semaphore, watch};
 
 use self::address::Addresses;
 use self::clients::{Client, Clients};
 use self::consumer::{AmqpConsumer, ConsumerCore};
 use self::dedup::Dedup;
 use self::error::db_error;
-use self::held::{Held, ReturnMemory};
-use self::intake::{GivenBack, Intake, IntakeChannel, Left, Note, Subscription};
+use self::held::ReturnMemory;
+use self::intake::Intake;
 use self::lane::Lane;
 use self::link::Link;
 use self::management::Management;
@@ -250,83 +251,6 @@ impl Shared {
             Some(client) if client.is_apart() => &self.apart_intake,
             _ => &self.chore_intakes[share_of(queue, CHORE_INTAKES)],
         }
-    }
-
-    /// Ends a subscription. What nobody was handed goes back: what is in its buffer, and then what nobody looked at.
-    /// `outstanding` are not settled, the buffer included.
-    fn end_subscription(
-        self: &Arc<Self>,
-        queue: &Queue,
-        subscription: Subscription,
-        buffer: impl IntoIterator<Item = Held>,
-        outstanding: usize,
-        ended: Option<oneshot::Sender<()>>,
-    ) {
-        let channel = Arc::clone(&subscription.channel);
-        let first = self.tags_on(&channel, buffer);
-        let note = self.note_of(queue);
-        let left = Left::Back { is_gone: self.is_gone(queue), first, outstanding, note, ended };
-        self.intake(queue).end(&self.thread, subscription, left);
-    }
-
-    /// What a consumer leaves that goes while its subscription is being made anew goes back: its buffer, then what the
-    /// subscription before had on its way, then what the next one has been handed.
-    fn give_back_in_turn(
-        self: &Arc<Self>,
-        queue: &Queue,
-        buffer: VecDeque<Held>,
-        rest: Option<consumer::Rest>,
-        pending: Option<consumer::Pending>,
-    ) {
-        let last = buffer.back().map(|held| Arc::clone(&held.channel));
-        let (channel, rest) = rest.unzip();
-        let first = channel.or(last).map(|channel| {
-            let tags = self.tags_on(&channel, buffer);
-            (channel, tags)
-        });
-        if first.is_none() && pending.is_none() {
-            return;
-        }
-        let (note, is_gone) = (self.note_of(queue), self.is_gone(queue));
-        let back = GivenBack { queue: queue.to_string(), first, rest, pending, note, is_gone };
-        self.intake(queue).give_back(&self.thread, back);
-    }
-
-    /// Whether the queue is about to be deleted, or was.
-    fn is_gone(&self, queue: &Queue) -> bool {
-        let is_internal = matches!(queue, Queue::Publish | Queue::Unrouted);
-        !is_internal && self.clients.owner(queue).is_none_or(|client| client.is_gone())
-    }
-
-    /// Notes that these go back, and returns the tags of those that came on `channel`; others go back at once.
-    fn tags_on(&self, channel: &Arc<IntakeChannel>, buffer: impl IntoIterator<Item = Held>) -> Vec<u64> {
-        let mut tags = Vec::new();
-        for held in buffer {
-            // What came on an earlier channel went back with that.
-            if Arc::ptr_eq(&held.channel, channel) {
-                self.memory.note(held.key, held.before);
-                tags.push(held.tag);
-            } else {
-                self.give_back(&held);
-            }
-        }
-        tags
-    }
-
-    /// Notes that deliveries go back that nobody has looked at.
-    fn note_of(self: &Arc<Self>, queue: &Queue) -> Note {
-        let (shared, name, of) = (Arc::clone(self), queue.to_string(), queue.clone());
-        Box::new(move |left| {
-            for delivery in left {
-                shared.memory.note_unseen(delivery, &name, shared.trusted(&of));
-            }
-        })
-    }
-
-    /// Gives back one that nobody was handed.
-    fn give_back(&self, held: &Held) {
-        self.memory.note(held.key, held.before);
-        held.channel.give_back([held.tag]);
     }
 
     fn add_consumer(&self, core: &Arc<ConsumerCore>) {
@@ -505,7 +429,7 @@ impl Broker for AmqpBroker {
         outcome: PullOutcome,
     ) -> Result<Vec<Receipt>, BrokerError> {
         let (shared, client) = (Arc::clone(&self.shared), client.clone());
-        let task = async move { settle::settle_pulled(&shared, &client, receipts, outcome).await };
+        let task = async move { pull::settle_pulled(&shared, &client, receipts, outcome).await };
         self.shared.thread.carry(task).await
     }
 

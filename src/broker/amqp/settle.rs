@@ -8,17 +8,15 @@ use super::Shared;
 use super::consumer::{ConsumerCore, Order};
 use super::dedup::{Claim, Fact, OwnId};
 use super::delay;
-use super::error::{broker_error, db_error, unavailable};
+use super::error::{db_error, unavailable};
 use super::held::Held;
 use super::intake::IntakeChannel;
-use super::lane::{Fate, Outgoing, Refusal};
 use super::limits;
-use super::pull::Leased;
 use super::topology;
+use super::window::{Fate, Outgoing, Refusal};
 use super::wire::{self, Counts, short};
 use crate::broker::{
-    BrokerError, BrokerErrorKind, DeadLetter, DeadReason, Origin, Outcome, Payload, PullOutcome, Queue, Receipt,
-    Settlement, Target,
+    BrokerError, BrokerErrorKind, DeadLetter, DeadReason, Origin, Outcome, Payload, Queue, Settlement, Target,
 };
 use crate::client::ClientId;
 use crate::envelope::SharedMessage;
@@ -485,21 +483,9 @@ pub(super) async fn bury(
     let letter =
         |(held, attempts): &(Held, u32)| dead_letter(client, Origin::Inbox, reason, *attempts, &held.payload, user);
     let messages: Vec<Outgoing> = held.iter().map(letter).collect();
-    let fates = shared.publish_on(shared.relay(&topology::inbox(client)), messages).await;
-    let (mut gone, mut refusal) = (Vec::with_capacity(held.len()), None);
-    for ((held, _), fate) in held.into_iter().zip(fates) {
-        match fate {
-            Ok(()) => {
-                note_dead(shared, client, reason, &held.payload);
-                gone.push(held);
-            }
-            Err(why) => {
-                shared.memory.note(held.key, held.before);
-                held.channel.give_back([held.tag]);
-                refusal = Some(why);
-            }
-        }
-    }
+    let held = held.into_iter().map(|(held, _)| held).collect();
+    let (gone, refusal) = publish_held(shared, client, held, messages).await;
+    gone.iter().for_each(|held| note_dead(shared, client, reason, &held.payload));
     let count = gone.len() as u64;
     acknowledge(gone);
     match refusal {
@@ -511,6 +497,28 @@ pub(super) async fn bury(
         }
         None => Ok(count),
     }
+}
+
+/// Publishes what is made of deliveries of a client's inbox. Returns those that went on, to be acknowledged; what could
+/// not is given back, with why the last of it could not.
+pub(super) async fn publish_held(
+    shared: &Shared,
+    client: &ClientId,
+    held: Vec<Held>,
+    messages: Vec<Outgoing>,
+) -> (Vec<Held>, Option<Refusal>) {
+    let fates = shared.publish_on(shared.relay(&topology::inbox(client)), messages).await;
+    let (mut gone, mut refusal) = (Vec::with_capacity(held.len()), None);
+    for (held, fate) in held.into_iter().zip(fates) {
+        match fate {
+            Ok(()) => gone.push(held),
+            Err(why) => {
+                refusal = Some(why);
+                shared.give_back(&held);
+            }
+        }
+    }
+    (gone, refusal)
 }
 
 impl Shared {
@@ -550,87 +558,4 @@ impl Shared {
         let noted = super::state::note_delayed(&self.db, &client.id, due).await;
         noted.map_err(|error| db_error(format!("note what is delayed for {}", client.id), error))
     }
-}
-
-/// See [`crate::broker::Broker::settle_pulled`].
-pub(super) async fn settle_pulled(
-    shared: &Arc<Shared>,
-    id: &ClientId,
-    receipts: Vec<Receipt>,
-    outcome: PullOutcome,
-) -> Result<Vec<Receipt>, BrokerError> {
-    let action = format!("settle messages pulled from {}", topology::inbox(id));
-    let client = shared.clients.get(id).ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, &action))?;
-    match outcome {
-        PullOutcome::Ack | PullOutcome::Nack(None) => shared.session(&action)?,
-        // These are published.
-        PullOutcome::Nack(Some(_)) | PullOutcome::Reject => shared.open_session(&action)?,
-    };
-    let Some(puller) = client.puller() else { return Ok(receipts) };
-    let (ended, unknown) = puller.end_leases(receipts);
-    match outcome {
-        PullOutcome::Ack => {
-            let held: Vec<Held> = ended.into_iter().map(Leased::into_held).collect();
-            note_delivered(shared, id, &held);
-            if let Err(error) = acknowledge_and_flush(shared, held).await {
-                return Err(broker_error(action, error));
-            }
-        }
-        PullOutcome::Nack(delay) => match delay.filter(|delay| !delay.is_zero()) {
-            None => puller.put_back(ended),
-            Some(delay) => delay_pulled(shared, &client, ended, delay, &action).await?,
-        },
-        PullOutcome::Reject => {
-            let held = ended.into_iter().map(Leased::into_held);
-            let held = held.map(|held| {
-                let deliveries = held.before + 1;
-                (Held { before: deliveries, ..held }, deliveries)
-            });
-            bury(shared, id, held.collect(), DeadReason::Rejected).await?;
-        }
-    }
-    Ok(unknown)
-}
-
-async fn delay_pulled(
-    shared: &Arc<Shared>,
-    client: &super::clients::Client,
-    ended: Vec<Leased>,
-    delay: std::time::Duration,
-    action: &str,
-) -> Result<(), BrokerError> {
-    let held: Vec<Held> = ended.into_iter().map(Leased::into_held).collect();
-    let back = |held: Held| {
-        shared.memory.note(held.key, held.before + 1);
-        held.channel.give_back([held.tag]);
-    };
-    let delays = BTreeMap::from([(delay::seconds_for(delay), held.len() as u64)]);
-    if let Err(error) = shared.prepare_delays(Some(client), delays).await {
-        held.into_iter().for_each(back);
-        return Err(error);
-    }
-    let name = topology::inbox(&client.id);
-    let message = |held: &Held| {
-        let counts = Counts { deliveries: held.before + 1, ..held.counts };
-        delayed(&held.payload, counts, delay, &name, shared.user())
-    };
-    let fates = shared.publish_on(shared.relay(&name), held.iter().map(message).collect()).await;
-    let (mut gone, mut refusal) = (Vec::with_capacity(held.len()), None);
-    for (held, fate) in held.into_iter().zip(fates) {
-        match fate {
-            Ok(()) => gone.push(held),
-            Err(why) => {
-                refusal = Some(why);
-                back(held);
-            }
-        }
-    }
-    acknowledge(gone);
-    let Some(why) = refusal else { return Ok(()) };
-    if matches!(why, Refusal::Unroutable)
-        && let Ok(session) = shared.session(action)
-    {
-        session.forget_retries();
-    }
-    Err(refused(action, &why, "a retry queue"))
 }

@@ -8,8 +8,11 @@
 //! A pull that finds less than it asks for makes sure first that RabbitMQ has no more to give: otherwise how much it
 //! got would depend on how fast the first deliveries are.
 
+mod settle;
 mod state;
 mod task;
+
+pub(super) use self::settle::settle_pulled;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -27,7 +30,7 @@ use super::clients::Client;
 use super::error::unavailable;
 use super::held::Held;
 use super::intake::{IntakeChannel, Subscription};
-use super::settle;
+use super::settle::{acknowledge_and_flush, admit};
 use super::topology;
 use crate::broker::{BrokerError, BrokerErrorKind, PullMode, Pulled, Queue, Receipt};
 use crate::client::ClientId;
@@ -299,7 +302,7 @@ impl Puller {
                 Poll::Ready(Some(Ok(delivery))) => {
                     let memory = &self.shared.memory;
                     let held = Held::new(delivery, &subscription.channel, &self.name, None, memory);
-                    if let Some(held) = settle::admit(&self.shared, &self.queue, held) {
+                    if let Some(held) = admit(&self.shared, &self.queue, held) {
                         store.arrive(held);
                         *is_partial |= store.outstanding() >= usize::from(subscription.prefetch);
                     }
@@ -341,7 +344,7 @@ impl Puller {
         }
         if mode == PullMode::Auto {
             let keys: Vec<u64> = gone.iter().map(|held| held.key).collect();
-            if let Err(error) = settle::acknowledge_and_flush(shared, gone).await {
+            if let Err(error) = acknowledge_and_flush(shared, gone).await {
                 // Whether they are gone is not known. Handed to nobody they may come again.
                 shared.memory.forget_gone(keys);
                 return Err(unavailable(format!("{action}: {error}")));

@@ -1,0 +1,329 @@
+//! What a lane has on its way: the confirms that it waits for, and the batches that they belong to.
+//!
+//! A message counts as published when RabbitMQ has confirmed it and did not return it. A returned message comes attached
+//! to any confirm, so it is matched by what it is (its target and its id), and a confirm is judged only after every
+//! confirm that was there with it.
+
+use std::collections::HashMap;
+use std::hash::{Hash as _, Hasher as _};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
+use lapin::options::BasicPublishOptions;
+use lapin::types::ShortString;
+use lapin::{BasicProperties, Channel, Confirmation};
+
+use super::error::{Fault, fault_of};
+use super::wire::short;
+
+/// Messages that may be on their way to a confirm, on one channel.
+const WINDOW_MESSAGES: usize = 1024;
+
+/// Their bytes.
+const WINDOW_BYTES: usize = 16 << 20;
+
+/// A confirm that takes longer means that its queue has no leader or the channel is stuck: a channel that first
+/// publishes to a quorum queue just when its leader's node dies is never told of the next leader, and waits for ever
+/// (RabbitMQ 3.10). The channel is then given up, and what was on it comes again on another.
+pub(super) const CONFIRM_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// With more than this on its way a lane is busy.
+const BUSY: usize = 32;
+
+/// A message to be published.
+#[derive(Debug, Clone)]
+pub(super) struct Outgoing {
+    /// Empty: the default exchange.
+    pub(super) exchange: ShortString,
+    /// Routing key.
+    pub(super) key: ShortString,
+    /// See `wire`.
+    pub(super) properties: BasicProperties,
+    /// Its body.
+    pub(super) body: Bytes,
+}
+
+/// No queue has this name.
+const NOWHERE: &str = "soar-probe";
+
+impl Outgoing {
+    /// One that no queue takes: it is confirmed when all before it on its channel is where it belongs.
+    pub(super) fn to_nowhere() -> Self {
+        let properties = BasicProperties::default();
+        Self { exchange: short(""), key: short(NOWHERE), properties, body: Bytes::new() }
+    }
+}
+
+/// Why a message was not published.
+#[derive(Debug, Clone)]
+pub(super) enum Refusal {
+    /// It reached no queue.
+    Unroutable,
+    /// RabbitMQ refused it.
+    Refused,
+    /// The channel or the connection broke first: it may have been published or not.
+    Lost(Arc<str>),
+    /// The broker was closed.
+    Closed,
+}
+
+/// What became of a message.
+pub(super) type Fate = Result<(), Refusal>;
+
+/// Called with the fate of each message of a batch, in order. Must not block.
+pub(super) type Done = Box<dyn FnOnce(Vec<Fate>) + Send>;
+
+/// Set when a message of a source could not be published. Those of its later batches that are not on their way yet are
+/// then refused, so that they do not overtake it.
+pub(super) type Broken = Arc<AtomicBool>;
+
+/// A batch that is handed over.
+pub(super) struct Job {
+    pub(super) messages: Vec<Outgoing>,
+    pub(super) broken: Option<Broken>,
+    pub(super) done: Done,
+}
+
+/// A batch whose fates are known.
+pub(super) type Ended = (Done, Vec<Fate>);
+
+/// Tells of what has ended.
+pub(super) fn tell(ended: Vec<Ended>) {
+    for (done, fates) in ended {
+        done(fates);
+    }
+}
+
+type Confirm = Pin<Box<dyn Future<Output = (u64, Result<Confirmation, lapin::Error>)> + Send>>;
+
+/// What is on its way.
+#[derive(Default)]
+pub(super) struct Window {
+    confirms: FuturesUnordered<Confirm>,
+    flights: HashMap<u64, Flight>,
+    bytes: usize,
+    next_flight: u64,
+    batches: HashMap<u64, Batch>,
+    next_batch: u64,
+    /// The batch that is being put in line, and what is left of it.
+    current: Option<(u64, usize, std::vec::IntoIter<Outgoing>)>,
+    /// Returned messages that no confirm was judged by yet.
+    returned: HashMap<u64, u32>,
+    /// The channel was closed because an exchange is not there.
+    is_suspect: bool,
+}
+
+/// One message on its way.
+struct Flight {
+    batch: u64,
+    index: usize,
+    what: u64,
+    bytes: usize,
+    since: Instant,
+}
+
+/// A batch whose messages are on their way.
+struct Batch {
+    fates: Vec<Option<Fate>>,
+    left: usize,
+    broken: Option<Broken>,
+    done: Done,
+}
+
+impl Window {
+    /// Whether the next batch may come.
+    pub(super) fn takes_jobs(&self) -> bool {
+        self.current.is_none() && self.has_room()
+    }
+
+    /// Whether confirms come faster than it is worth to look at each.
+    pub(super) fn is_busy(&self) -> bool {
+        self.flights.len() > BUSY
+    }
+
+    /// Whether nothing is on its way.
+    pub(super) fn is_empty(&self) -> bool {
+        self.confirms.is_empty()
+    }
+
+    /// Ready when confirms came: they are judged. Says whether one of them is a sign of life.
+    pub(super) fn poll_confirms(&mut self, context: &mut Context<'_>, ended: &mut Vec<Ended>) -> Poll<bool> {
+        let Poll::Ready(Some(first)) = self.confirms.poll_next_unpin(context) else { return Poll::Pending };
+        let is_sign = first.1.is_ok();
+        self.settle(first, ended);
+        Poll::Ready(is_sign)
+    }
+
+    fn has_room(&self) -> bool {
+        self.flights.len() < WINDOW_MESSAGES && self.bytes < WINDOW_BYTES
+    }
+
+    /// While RabbitMQ takes no messages it confirms none; their time begins when it does.
+    pub(super) fn wait_on(&mut self) {
+        self.flights.values_mut().for_each(|flight| flight.since = Instant::now());
+    }
+
+    /// Whether a confirm does not come.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.flights.values().any(|flight| flight.since.elapsed() > CONFIRM_TIMEOUT)
+    }
+
+    /// Takes a batch, to be put in line.
+    pub(super) fn add(&mut self, job: Job, ended: &mut Vec<Ended>) {
+        let count = job.messages.len();
+        if count == 0 {
+            return ended.push((job.done, Vec::new()));
+        }
+        let number = self.next_batch;
+        self.next_batch += 1;
+        let batch = Batch { fates: vec![None; count], left: count, broken: job.broken, done: job.done };
+        self.batches.insert(number, batch);
+        self.current = Some((number, 0, job.messages.into_iter()));
+    }
+
+    /// Puts messages of the current batch in line, as many as there is room for.
+    pub(super) fn fill(&mut self, channel: &Arc<Channel>, context: &mut Context<'_>, ended: &mut Vec<Ended>) {
+        while self.has_room() {
+            let Some((batch, index, rest)) = &mut self.current else { return };
+            let Some(message) = rest.next() else {
+                self.current = None;
+                return;
+            };
+            let (batch, at) = (*batch, *index);
+            *index += 1;
+            let is_broken = |batch: &Batch| batch.broken.as_ref().is_some_and(|it| it.load(Ordering::Relaxed));
+            if self.batches.get(&batch).is_some_and(is_broken) {
+                self.end(batch, at, Err(Refusal::Lost("one before it was not published".into())), ended);
+                continue;
+            }
+            let flight = self.next_flight;
+            self.next_flight += 1;
+            let what = identity(&message.exchange, &message.key, &message.properties);
+            let bytes = message.body.len();
+            self.flights.insert(flight, Flight { batch, index: at, what, bytes, since: Instant::now() });
+            self.bytes += bytes;
+            let mut confirm = publish(flight, Arc::clone(channel), message);
+            // Polled here for the first time: that puts its frames in line, so messages leave in this order.
+            match confirm.as_mut().poll(context) {
+                Poll::Ready(result) => self.settle(result, ended),
+                Poll::Pending => self.confirms.push(confirm),
+            }
+        }
+    }
+
+    /// Judges this confirm and all that are there with it.
+    ///
+    /// Lapin attaches a returned message to whichever confirm it completes next. It completes them one after the other
+    /// on one thread, so when one came without a message, every message that was returned before it has been attached
+    /// to a confirm that is complete as well; and those are taken here until there is no more.
+    fn settle(&mut self, first: (u64, Result<Confirmation, lapin::Error>), ended: &mut Vec<Ended>) {
+        let mut acked = Vec::new();
+        let mut next = Some(first);
+        while let Some((flight, result)) = next {
+            match result {
+                Ok(confirmation) => {
+                    let fate = if confirmation.is_nack() { Err(Refusal::Refused) } else { Ok(()) };
+                    if let Some(message) = confirmation.take_message() {
+                        let delivery = &message.delivery;
+                        let what = identity(&delivery.exchange, &delivery.routing_key, &delivery.properties);
+                        *self.returned.entry(what).or_default() += 1;
+                    }
+                    acked.push((flight, fate));
+                }
+                Err(error) => {
+                    self.is_suspect |= fault_of(&error) == Fault::NotFound;
+                    self.land(flight, Err(Refusal::Lost(error.to_string().into())), ended);
+                }
+            }
+            next = self.confirms.next().now_or_never().flatten();
+        }
+        for (flight, mut fate) in acked {
+            let what = self.flights.get(&flight).map(|flight| flight.what);
+            if let Some(what) = what.filter(|_| fate.is_ok() && !self.returned.is_empty())
+                && let std::collections::hash_map::Entry::Occupied(mut count) = self.returned.entry(what)
+            {
+                fate = Err(Refusal::Unroutable);
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+            self.land(flight, fate, ended);
+        }
+    }
+
+    /// A message has met its fate.
+    fn land(&mut self, flight: u64, fate: Fate, ended: &mut Vec<Ended>) {
+        let Some(flight) = self.flights.remove(&flight) else { return };
+        self.bytes -= flight.bytes;
+        self.end(flight.batch, flight.index, fate, ended);
+    }
+
+    /// Notes the fate of one message of a batch, which has ended when that was the last.
+    fn end(&mut self, batch: u64, index: usize, fate: Fate, ended: &mut Vec<Ended>) {
+        let std::collections::hash_map::Entry::Occupied(mut batch) = self.batches.entry(batch) else { return };
+        // One that found no queue was judged; there is nothing to wait for.
+        if let (Err(Refusal::Refused | Refusal::Lost(_) | Refusal::Closed), Some(broken)) = (&fate, &batch.get().broken)
+        {
+            broken.store(true, Ordering::Relaxed);
+        }
+        batch.get_mut().fates[index] = Some(fate);
+        batch.get_mut().left -= 1;
+        if batch.get().left == 0 {
+            let batch = batch.remove();
+            let fates = batch.fates.into_iter().map(|fate| fate.unwrap_or(Err(Refusal::Closed)));
+            ended.push((batch.done, fates.collect()));
+        }
+    }
+
+    /// The channel has ended: everything that is on its way, or waiting for it, is lost. Returns whether an exchange was
+    /// missing.
+    pub(super) async fn give_up(mut self, why: &str) -> bool {
+        let last = tokio::time::sleep(Duration::from_secs(2));
+        tokio::pin!(last);
+        let mut ended = Vec::new();
+        while !self.confirms.is_empty() {
+            tokio::select! {
+                Some(confirm) = self.confirms.next() => self.settle(confirm, &mut ended),
+                () = &mut last => break,
+            }
+        }
+        tell(ended);
+        for (_, batch) in self.batches.drain() {
+            if let Some(broken) = &batch.broken {
+                broken.store(true, Ordering::Relaxed);
+            }
+            let lost = || Err(Refusal::Lost(why.into()));
+            (batch.done)(batch.fates.into_iter().map(|fate| fate.unwrap_or_else(lost)).collect());
+        }
+        self.is_suspect
+    }
+}
+
+/// Publishes and waits for the confirm.
+fn publish(flight: u64, channel: Arc<Channel>, message: Outgoing) -> Confirm {
+    Box::pin(async move {
+        let Outgoing { exchange, key, properties, body } = message;
+        let options = BasicPublishOptions { mandatory: key.as_str() != NOWHERE, ..BasicPublishOptions::default() };
+        let result = match channel.basic_publish(exchange, key, options, &body, properties).await {
+            Ok(confirm) => confirm.await,
+            Err(error) => Err(error),
+        };
+        (flight, result)
+    })
+}
+
+/// What a returned message is recognised by.
+fn identity(exchange: &ShortString, key: &ShortString, properties: &BasicProperties) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    exchange.as_str().hash(&mut hasher);
+    key.as_str().hash(&mut hasher);
+    properties.message_id().as_ref().map(ShortString::as_str).hash(&mut hasher);
+    hasher.finish()
+}
