@@ -14,7 +14,7 @@ use crate::support::env::{
 use crate::support::eventually;
 use crate::support::fixture::{BrokerKind, Fixture};
 use crate::support::rabbitmq::VirtualHost;
-use crate::support::wait::SOON;
+use crate::support::wait::{SOON, soon};
 
 /// Declares a queue of a type, as somebody else would.
 async fn declare(host: &VirtualHost, queue: &str, kind: &str) {
@@ -82,6 +82,39 @@ async fn nothing_overtakes_what_could_not_be_forwarded() {
         assert_eq!(delivered_bodies(&next_exactly(&mut consumer, 10).await), numbers(10), "{kind:?}");
         env.finish().await;
     }
+}
+
+/// More than may be on its way to a confirm, from many senders at once: each batch is answered, and none overtakes another
+/// of its sender.
+#[actix_rt::test]
+async fn batches_beyond_the_window_are_taken_in_order() {
+    const BATCH: usize = 400;
+    const BATCHES: usize = 3;
+    let env = BrokerEnv::start(BrokerKind::RabbitmqClassic).await;
+    let mut senders = Vec::new();
+    for n in 0..8 {
+        senders.push(env.client(&format!("sender-{n}"), &[]).await);
+    }
+    let broker = env.broker();
+    let mut publishing = Vec::new();
+    for batch in 0..BATCHES {
+        for sender in &senders {
+            let numbers = batch * BATCH..(batch + 1) * BATCH;
+            let messages = numbers.map(|n| message(sender, Some("x"), &n.to_string())).collect();
+            let (broker, outbox) = (&broker, Queue::Outbox(sender.clone()));
+            publishing.push(async move { broker.publish(&outbox, messages).await });
+        }
+    }
+    for taken in soon("all are answered", futures_util::future::join_all(publishing)).await {
+        taken.expect("it is taken");
+    }
+    for sender in &senders {
+        let mut consumer = env.consume(&Queue::Outbox(sender.clone()), 2000).await;
+        let came = next_exactly(&mut consumer, BATCH * BATCHES).await;
+        assert_eq!(delivered_bodies(&came), numbers(BATCH * BATCHES), "{sender}");
+        settle_all(came, Outcome::Complete).await;
+    }
+    env.finish().await;
 }
 
 /// Deletes each of the backbone's own things and uses it; the broker declares it again. What was in a queue that somebody

@@ -13,11 +13,12 @@ use lapin::Channel;
 use lapin::types::ShortString;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::Instant;
 
 use super::link::{Link, wait_up};
 use super::runtime::AmqpThread;
 use super::session::{Role, Session};
-use super::window::{Broken, CONFIRM_TIMEOUT, Done, Ended, Job, Outgoing, Refusal, Window, tell};
+use super::window::{Broken, Done, Ended, Job, Outgoing, Refusal, Window, tell};
 
 /// Batches that may wait for room in the window; further senders wait to hand theirs over.
 const JOBS_WAITING: usize = 64;
@@ -61,7 +62,12 @@ struct Live {
 impl Live {
     /// Whether messages may be put in line. What is moved on goes through exchanges; what comes in does not.
     fn is_open(&self) -> bool {
-        self.role != Role::Relay || !*self.suspect.borrow()
+        self.channel.status().connected() && (self.role != Role::Relay || !*self.suspect.borrow())
+    }
+
+    /// Whether nothing comes of it any more.
+    fn is_over(&self) -> bool {
+        !self.channel.status().connected() && self.window.is_empty()
     }
 
     /// Puts messages in line, as many as there is room for. Batches whose last message met its fate go to `ended`.
@@ -97,12 +103,25 @@ impl Front {
         };
         live.window.add(job, &mut ended);
         live.fill(&mut Context::from_waker(&waker), &mut ended);
+        if live.is_over() {
+            self.task.0.notify_one();
+        }
         drop(state);
         tell(ended);
         Ok(())
     }
 
-    /// The task has taken a batch that was queued.
+    /// The task takes a batch that was queued: behind it others may put theirs in line themselves.
+    fn take_queued(&self, job: Job, ended: &mut Vec<Ended>) {
+        let mut state = self.state.lock();
+        state.queued -= 1;
+        // There is one: only the task, which is in this call, takes it away.
+        if let Some(live) = &mut state.live {
+            live.window.add(job, ended);
+        }
+    }
+
+    /// A batch that was queued goes nowhere.
     fn unqueue(&self) {
         self.state.lock().queued -= 1;
     }
@@ -224,44 +243,54 @@ async fn serve(
     link: &mut watch::Receiver<Link>,
     jobs: &mut mpsc::Receiver<Job>,
 ) -> Result<(), lapin::Error> {
-    let channel = Arc::new(session.publisher(role).await?);
+    let channel = tokio::select! {
+        opened = session.publisher(role) => Arc::new(opened?),
+        // A session that falls silent is given up before its answers are late.
+        _ = link.changed() => return Ok(()),
+    };
     let mut suspect = session.suspicions();
     let live = Live { channel: Arc::clone(&channel), window: Window::default(), suspect: session.suspicions(), role };
     front.state.lock().live = Some(live);
+    let open = Open(front);
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut gathers = false;
+    let mut gathers_until = None;
     let why = loop {
-        let (mut ended, mut takes_jobs) = (Vec::new(), false);
+        let (mut ended, mut takes_jobs, mut is_over) = (Vec::new(), false, false);
         suspect.borrow_and_update();
         std::future::poll_fn(|context| {
             front.with_window(|live| {
                 live.fill(context, &mut ended);
                 takes_jobs = live.is_open() && live.window.takes_jobs();
+                is_over = live.is_over();
             });
             Poll::Ready(())
         })
         .await;
         tell(std::mem::take(&mut ended));
+        if is_over {
+            break "it was closed";
+        }
         tokio::select! {
             // What others have put in line is seen here for the first time once it wakes the task.
-            is_sign = std::future::poll_fn(|context| front.poll_confirms(context, &mut ended)), if !gathers => {
-                gathers = front.with_window(|live| live.window.is_busy());
+            is_sign = std::future::poll_fn(|context| front.poll_confirms(context, &mut ended)),
+                if gathers_until.is_none() =>
+            {
+                let is_busy = front.with_window(|live| live.window.is_busy());
+                gathers_until = is_busy.then(|| Instant::now() + GATHER);
                 if is_sign {
                     session.note_sign();
                 }
-                tell(std::mem::take(&mut ended));
-                if !channel.status().connected() && front.with_window(|live| live.window.is_empty()) {
-                    break "it was closed";
-                }
+                tell(ended);
             }
-            () = front.task.0.notified(), if !gathers => {}
-            () = tokio::time::sleep(GATHER), if gathers => gathers = false,
+            () = front.task.0.notified(), if gathers_until.is_none() => {}
+            () = tokio::time::sleep_until(gathers_until.unwrap_or_else(Instant::now)), if gathers_until.is_some() => {
+                gathers_until = None;
+            }
             Ok(()) = suspect.changed() => {}
             job = jobs.recv(), if takes_jobs => match job {
                 Some(job) => {
-                    front.unqueue();
-                    front.with_window(|live| live.window.add(job, &mut ended));
+                    front.take_queued(job, &mut ended);
                     tell(ended);
                 }
                 None => break "the broker was closed",
@@ -270,10 +299,11 @@ async fn serve(
                 if !channel.status().connected() {
                     break "it was closed";
                 }
-                if session.blocked().is_some() {
+                // One that gives no sign of life is dealt with as a whole.
+                if session.blocked().is_some() || session.is_silent() {
                     front.with_window(|live| live.window.wait_on());
                 } else if front.with_window(|live| live.window.is_stuck()) {
-                    log::warn!("RabbitMQ has not confirmed a message within {CONFIRM_TIMEOUT:?}");
+                    log::warn!("RabbitMQ does not confirm a message; what is on its way with it is published again");
                     break "a confirm did not come";
                 }
             }
@@ -282,7 +312,7 @@ async fn serve(
         }
     };
     // From here on nobody puts anything in line.
-    let window = front.state.lock().live.take().map(|live| live.window).unwrap_or_default();
+    let window = open.end();
     // Lapin fails what is pending on a dead channel; a stuck one is closed, which does the same.
     if channel.status().connected() && session.is_alive() {
         let _ = tokio::time::timeout(Duration::from_secs(1), channel.close(200, ShortString::from("stuck"))).await;
@@ -291,6 +321,23 @@ async fn serve(
         session.set_suspect(true);
     }
     Ok(())
+}
+
+/// The channel that is open. Dropped with the task, everything that waits for it is told.
+struct Open<'a>(&'a Front);
+
+impl Open<'_> {
+    fn end(self) -> Window {
+        self.0.state.lock().live.take().map(|live| live.window).unwrap_or_default()
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        let live = self.0.state.lock().live.take();
+        // Not under the lock: whoever is told may publish again.
+        drop(live);
+    }
 }
 
 impl Front {

@@ -430,7 +430,7 @@ impl Broker for AmqpBroker {
     ) -> Result<Vec<Receipt>, BrokerError> {
         let (shared, client) = (Arc::clone(&self.shared), client.clone());
         let task = async move { pull::settle_pulled(&shared, &client, receipts, outcome).await };
-        self.shared.thread.carry(task).await
+        self.shared.thread.run("settle pulled messages", task).await
     }
 
     async fn depths(&self, client: &ClientId) -> Result<Depths, BrokerError> {

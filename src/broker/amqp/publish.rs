@@ -133,7 +133,10 @@ async fn append(
         if is_last || refusals.iter().any(|(_, why)| !matches!(why, Refusal::Unroutable)) {
             return Err(refused(action, why, &name));
         }
-        shared.restore_queue(queue).await;
+        let (on, queue) = (Arc::clone(shared), queue.clone());
+        let restore = async move { on.restore_queue(&queue).await };
+        // Once it ends, one way or the other.
+        let _ = shared.thread.spawn(restore).await;
         left = refusals.into_iter().map(|(one, _)| one).collect();
     }
     unreachable!("the last round returns")

@@ -71,7 +71,8 @@ impl AmqpThread {
     }
 
     /// Runs `task` where it is called, for what each message goes through: every thread between costs it time. When the
-    /// future is dropped, the thread carries on with the task.
+    /// future is dropped, the thread carries on with the task; so it must not be in the middle of a timer or socket of the
+    /// runtime that it began on, which may be gone by then: such parts go through [`AmqpThread::run`].
     pub(super) fn carry<F>(&self, task: F) -> impl Future<Output = F::Output> + Send + use<F>
     where
         F: Future<Output: Send> + Send + 'static,

@@ -74,6 +74,8 @@ pub(super) struct Session {
     uri: AMQPUri,
     connections: [Connection; 5],
     idle: Mutex<Vec<(Channel, u32)>>,
+    /// Control channels on which an answer is still to come that nobody waits for, and since when.
+    abandoned: Mutex<Vec<(Channel, Instant)>>,
     turns: Semaphore,
     /// Why RabbitMQ takes no messages, while it does not.
     blocked: watch::Sender<Option<Arc<str>>>,
@@ -103,6 +105,7 @@ impl Session {
             uri: uri.clone(),
             connections: [a, b, c, d, e],
             idle: Mutex::new(Vec::new()),
+            abandoned: Mutex::new(Vec::new()),
             turns: Semaphore::new(CONTROL_CHANNELS),
             blocked: watch::Sender::new(None),
             last_sign_ms: AtomicU64::new(0),
@@ -145,9 +148,10 @@ impl Session {
                 Some((channel, calls)) if channel.status().connected() => (channel, calls),
                 _ => (self.channel(Role::Control).await?, 0),
             };
-            let done = within(CONTROL_TIMEOUT, work(&channel)).await?;
+            let call = Call { session: self, channel: Some(channel) };
+            let done = within(CONTROL_TIMEOUT, work(call.channel())).await?;
             if calls < CALLS_PER_CHANNEL {
-                self.idle.lock().push((channel, calls + 1));
+                self.idle.lock().push((call.end(), calls + 1));
             }
             Ok(done)
         };
@@ -284,7 +288,9 @@ impl Session {
                     None => return,
                 },
                 // Not every way for a connection to end is an event.
-                _ = ticks.tick() => {}
+                _ = ticks.tick() => self.abandoned.lock().retain(|(channel, since)| {
+                    channel.status().connected() && since.elapsed() < 2 * CONTROL_TIMEOUT
+                }),
             }
         }
     }
@@ -305,6 +311,32 @@ impl Session {
         // Who does not answer is gone, or stuck behind an alarm; dropping the connection is all that is left.
         let _ = tokio::time::timeout(Duration::from_secs(2), futures_util::future::join_all(close)).await;
         self.ended.send_replace(true);
+    }
+}
+
+/// A call on a control channel. When it fails or is given up, its channel is kept until the answer has come: lapin 4.12
+/// closes a channel that is dropped, and takes it for an error of the whole connection when RabbitMQ has just done so.
+struct Call<'a> {
+    session: &'a Session,
+    /// Until it has ended well.
+    channel: Option<Channel>,
+}
+
+impl Call<'_> {
+    fn channel(&self) -> &Channel {
+        self.channel.as_ref().expect("it has not ended")
+    }
+
+    fn end(mut self) -> Channel {
+        self.channel.take().expect("it ends once")
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        if let Some(channel) = self.channel.take() {
+            self.session.abandoned.lock().push((channel, Instant::now()));
+        }
     }
 }
 

@@ -151,7 +151,12 @@ async fn prepare(core: &ConsumerCore, moves: &[(Held, Onward)]) -> Result<(), Br
             *delays.entry(delay::seconds_for(*delay)).or_default() += 1;
         }
     }
-    core.shared.prepare_delays(core.client.as_deref(), delays).await
+    if delays.is_empty() {
+        return Ok(());
+    }
+    let (shared, client) = (Arc::clone(&core.shared), core.client.clone());
+    let prepared = async move { shared.prepare_delays(client.as_deref(), delays).await };
+    core.shared.thread.run("delay messages", prepared).await
 }
 
 /// What is to be done with one delivery of a batch, as far as its id goes.
@@ -314,10 +319,14 @@ async fn finish(core: &ConsumerCore, moves: Vec<Move>, fates: Vec<Fate>, action:
     }
     match refusal {
         Some((why, outgoing)) => {
+            let target = target_of(&outgoing);
             if matches!(why, Refusal::Unroutable) {
-                shared.restore(&outgoing, core.client.as_deref()).await;
+                let (shared, client) = (Arc::clone(shared), core.client.clone());
+                let restore = async move { shared.restore(&outgoing, client.as_deref()).await };
+                // Once it ends, one way or the other.
+                let _ = core.shared.thread.spawn(restore).await;
             }
-            Err(refused(action, &why, &target_of(&outgoing)))
+            Err(refused(action, &why, &target))
         }
         None if acked => Ok(()),
         None => Err(unavailable(action)),

@@ -4,7 +4,7 @@
 //! to any confirm, so it is matched by what it is (its target and its id), and a confirm is judged only after every
 //! confirm that was there with it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::{Hash as _, Hasher as _};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::options::BasicPublishOptions;
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel, Confirmation};
@@ -28,10 +28,13 @@ const WINDOW_MESSAGES: usize = 1024;
 /// Their bytes.
 const WINDOW_BYTES: usize = 16 << 20;
 
-/// A confirm that takes longer means that its queue has no leader or the channel is stuck: a channel that first
-/// publishes to a quorum queue just when its leader's node dies is never told of the next leader, and waits for ever
-/// (RabbitMQ 3.10). The channel is then given up, and what was on it comes again on another.
-pub(super) const CONFIRM_TIMEOUT: Duration = Duration::from_secs(10);
+/// A message whose confirm takes longer, while nothing else is confirmed or what left seconds later is, waits for ever: its
+/// channel published to a quorum queue for the first time just when the node of its leader died, and is never told of the
+/// next leader (RabbitMQ 3.10). The channel is given up, and what was on it comes again on another.
+const CONFIRM_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// However slow RabbitMQ is.
+const CONFIRM_TIMEOUT_MAX: Duration = Duration::from_secs(30);
 
 /// With more than this on its way a lane is busy.
 const BUSY: usize = 32;
@@ -100,7 +103,9 @@ pub(super) fn tell(ended: Vec<Ended>) {
     }
 }
 
-type Confirm = Pin<Box<dyn Future<Output = (u64, Result<Confirmation, lapin::Error>)> + Send>>;
+/// What became of a flight.
+type Confirmed = (u64, Result<Confirmation, lapin::Error>);
+type Confirm = Pin<Box<dyn Future<Output = Confirmed> + Send>>;
 
 /// What is on its way.
 #[derive(Default)]
@@ -111,12 +116,15 @@ pub(super) struct Window {
     next_flight: u64,
     batches: HashMap<u64, Batch>,
     next_batch: u64,
-    /// The batch that is being put in line, and what is left of it.
-    current: Option<(u64, usize, std::vec::IntoIter<Outgoing>)>,
+    /// Batches that are being put in line, in this order, and what is left of them.
+    entering: VecDeque<(u64, usize, std::vec::IntoIter<Outgoing>)>,
     /// Returned messages that no confirm was judged by yet.
     returned: HashMap<u64, u32>,
     /// The channel was closed because an exchange is not there.
     is_suspect: bool,
+    /// When a message was last confirmed, and when the youngest of those left.
+    confirmed_at: Option<Instant>,
+    confirmed_since: Option<Instant>,
 }
 
 /// One message on its way.
@@ -139,7 +147,7 @@ struct Batch {
 impl Window {
     /// Whether the next batch may come.
     pub(super) fn takes_jobs(&self) -> bool {
-        self.current.is_none() && self.has_room()
+        self.entering.is_empty() && self.has_room()
     }
 
     /// Whether confirms come faster than it is worth to look at each.
@@ -156,7 +164,7 @@ impl Window {
     pub(super) fn poll_confirms(&mut self, context: &mut Context<'_>, ended: &mut Vec<Ended>) -> Poll<bool> {
         let Poll::Ready(Some(first)) = self.confirms.poll_next_unpin(context) else { return Poll::Pending };
         let is_sign = first.1.is_ok();
-        self.settle(first, ended);
+        self.settle(first, context, ended);
         Poll::Ready(is_sign)
     }
 
@@ -171,7 +179,12 @@ impl Window {
 
     /// Whether a confirm does not come.
     pub(super) fn is_stuck(&self) -> bool {
-        self.flights.values().any(|flight| flight.since.elapsed() > CONFIRM_TIMEOUT)
+        let is_quiet = self.confirmed_at.is_none_or(|at| at.elapsed() > CONFIRM_TIMEOUT);
+        let overtaken = |since: Instant| self.confirmed_since.is_some_and(|other| other > since + CONFIRM_TIMEOUT / 2);
+        self.flights.values().any(|flight| {
+            let age = flight.since.elapsed();
+            age > CONFIRM_TIMEOUT && (is_quiet || overtaken(flight.since)) || age > CONFIRM_TIMEOUT_MAX
+        })
     }
 
     /// Takes a batch, to be put in line.
@@ -184,16 +197,16 @@ impl Window {
         self.next_batch += 1;
         let batch = Batch { fates: vec![None; count], left: count, broken: job.broken, done: job.done };
         self.batches.insert(number, batch);
-        self.current = Some((number, 0, job.messages.into_iter()));
+        self.entering.push_back((number, 0, job.messages.into_iter()));
     }
 
-    /// Puts messages of the current batch in line, as many as there is room for.
+    /// Puts messages in line, as many as there is room for.
     pub(super) fn fill(&mut self, channel: &Arc<Channel>, context: &mut Context<'_>, ended: &mut Vec<Ended>) {
         while self.has_room() {
-            let Some((batch, index, rest)) = &mut self.current else { return };
+            let Some((batch, index, rest)) = self.entering.front_mut() else { return };
             let Some(message) = rest.next() else {
-                self.current = None;
-                return;
+                self.entering.pop_front();
+                continue;
             };
             let (batch, at) = (*batch, *index);
             *index += 1;
@@ -211,7 +224,7 @@ impl Window {
             let mut confirm = publish(flight, Arc::clone(channel), message);
             // Polled here for the first time: that puts its frames in line, so messages leave in this order.
             match confirm.as_mut().poll(context) {
-                Poll::Ready(result) => self.settle(result, ended),
+                Poll::Ready(result) => self.settle(result, context, ended),
                 Poll::Pending => self.confirms.push(confirm),
             }
         }
@@ -222,7 +235,7 @@ impl Window {
     /// Lapin attaches a returned message to whichever confirm it completes next. It completes them one after the other
     /// on one thread, so when one came without a message, every message that was returned before it has been attached
     /// to a confirm that is complete as well; and those are taken here until there is no more.
-    fn settle(&mut self, first: (u64, Result<Confirmation, lapin::Error>), ended: &mut Vec<Ended>) {
+    fn settle(&mut self, first: Confirmed, context: &mut Context<'_>, ended: &mut Vec<Ended>) {
         let mut acked = Vec::new();
         let mut next = Some(first);
         while let Some((flight, result)) = next {
@@ -241,7 +254,10 @@ impl Window {
                     self.land(flight, Err(Refusal::Lost(error.to_string().into())), ended);
                 }
             }
-            next = self.confirms.next().now_or_never().flatten();
+            next = match self.confirms.poll_next_unpin(context) {
+                Poll::Ready(next) => next,
+                Poll::Pending => None,
+            };
         }
         for (flight, mut fate) in acked {
             let what = self.flights.get(&flight).map(|flight| flight.what);
@@ -262,6 +278,10 @@ impl Window {
     fn land(&mut self, flight: u64, fate: Fate, ended: &mut Vec<Ended>) {
         let Some(flight) = self.flights.remove(&flight) else { return };
         self.bytes -= flight.bytes;
+        if fate.is_ok() {
+            self.confirmed_at = Some(Instant::now());
+            self.confirmed_since = self.confirmed_since.max(Some(flight.since));
+        }
         self.end(flight.batch, flight.index, fate, ended);
     }
 
@@ -290,7 +310,7 @@ impl Window {
         let mut ended = Vec::new();
         while !self.confirms.is_empty() {
             tokio::select! {
-                Some(confirm) = self.confirms.next() => self.settle(confirm, &mut ended),
+                _ = std::future::poll_fn(|context| self.poll_confirms(context, &mut ended)) => {}
                 () = &mut last => break,
             }
         }

@@ -78,6 +78,13 @@ impl Publishing {
         self.under_way.is_none() && self.waiting.is_empty()
     }
 
+    /// Nobody is left to be told: what is under way is carried on by the broker, what waits was not accepted.
+    pub(super) fn abandon(&mut self) {
+        self.under_way = None;
+        self.waiting.clear();
+        self.waiting_bytes = 0;
+    }
+
     /// Takes a frame's messages.
     pub(super) fn push(&mut self, waiting: Waiting) {
         self.waiting_bytes += waiting.bytes;

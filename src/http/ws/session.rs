@@ -134,6 +134,9 @@ impl Session {
     /// Serves the connection until it ends.
     pub(super) async fn run(mut self, mut incoming: AggregatedMessageStream) {
         let end = self.serve(&mut incoming).await;
+        if !matches!(end, End::Close(CloseCode::GoingAway, _)) {
+            self.publishing.abandon();
+        }
         // What it settled before it went is settled; what cannot be comes back.
         let settle_the_rest = async {
             while !self.settling.is_empty() {

@@ -84,9 +84,14 @@ broker_tests! {
         env.publish(&Queue::Publish, vec![message(&a, Some("x"), "1")]).await;
         env.broker().delete_client(&a).await.expect("deletes");
         env.kill().await;
-        // What it had sent before is on its way still.
-        env.forward(&Queue::Publish, Target::Topic, 1).await;
-        assert_eq!(bodies(&env.pull_exactly(&b, 2, PullMode::Auto).await), ["0", "1"]);
+        // What it had sent before is on its way still. RabbitMQ does not confirm acknowledgements: the kill may bring back
+        // what was forwarded just before.
+        let left = env.internal_depth("soar-publish").await as usize;
+        assert!(left == 1 || left == 2 && env.broker().name() != "embedded", "{left}");
+        env.forward(&Queue::Publish, Target::Topic, left).await;
+        let mut came = bodies(&env.pull_exactly(&b, 1 + left, PullMode::Auto).await);
+        came.dedup();
+        assert_eq!(came, ["0", "1"]);
     }
 
     async fn a_closed_broker_ends_its_consumers_and_takes_no_more(env: &mut BrokerEnv) {

@@ -54,10 +54,20 @@ pub(super) struct Puller {
     name: String,
     queue: Queue,
     inner: Mutex<Inner>,
-    /// Something came, or everything must be looked at again.
-    changed: Notify,
+    changed: Arc<Changed>,
     /// For the task that fills the buffer.
     work: Notify,
+}
+
+/// Something came, or everything must be looked at again. Also the waker of deliveries while there are pulls: the task,
+/// on another thread, would only have to pass it on.
+#[derive(Default)]
+struct Changed(Notify);
+
+impl std::task::Wake for Changed {
+    fn wake(self: Arc<Self>) {
+        self.0.notify_waiters();
+    }
 }
 
 struct Inner {
@@ -133,7 +143,7 @@ impl Puller {
             queue: Queue::Inbox(client.id.clone()),
             client: Arc::downgrade(client),
             inner: Mutex::new(inner),
-            changed: Notify::new(),
+            changed: Arc::default(),
             work: Notify::new(),
         })
     }
@@ -161,7 +171,7 @@ impl Puller {
     /// Makes everybody look again.
     pub(super) fn wake(&self) {
         self.work.notify_one();
-        self.changed.notify_waiters();
+        self.changed.0.notify_waiters();
     }
 
     /// See [`crate::broker::Broker::pull`].
@@ -178,7 +188,7 @@ impl Puller {
         let mut is_late = false;
         loop {
             // Listening begins before anything is looked at, so no change is missed.
-            let mut changed = std::pin::pin!(self.changed.notified());
+            let mut changed = std::pin::pin!(self.changed.0.notified());
             changed.as_mut().enable();
             if self.is_gone() {
                 return Err(BrokerError::new(BrokerErrorKind::NotFound, action()));
@@ -210,22 +220,10 @@ impl Puller {
             };
             tokio::select! {
                 () = changed => {}
-                () = std::future::poll_fn(|context| self.poll_arrivals(context)) => {}
                 _ = link.changed() => {}
                 () = tokio::time::sleep_until(until) => is_late = Instant::now() >= begun + wait,
             }
         }
-    }
-
-    /// Ready when deliveries have come, or there will be none. While there are pulls they look themselves: the task, on
-    /// another thread, would only have to pass it on. Lapin wakes whoever looked last, who wakes the others.
-    fn poll_arrivals(&self, context: &mut Context<'_>) -> Poll<()> {
-        let has_changed = self.take_in(&mut self.inner.lock(), Some(context));
-        if !has_changed {
-            return Poll::Pending;
-        }
-        self.changed.notify_waiters();
-        Poll::Ready(())
     }
 
     fn enter(self: &Arc<Self>, max: usize) -> Pull {
@@ -291,14 +289,15 @@ impl Puller {
         !inner.is_partial
     }
 
-    /// Takes deliveries in. Returns whether anything changed. Whoever waited for deliveries has to look again.
+    /// Takes deliveries in. Returns whether anything changed. The next delivery wakes the pulls, or else whose `context`
+    /// this is.
     fn take_in(&self, inner: &mut Inner, context: Option<&mut Context<'_>>) -> bool {
-        let mut nobody = Context::from_waker(std::task::Waker::noop());
-        let context = context.unwrap_or(&mut nobody);
+        let waker = context.map_or_else(|| Arc::clone(&self.changed).into(), |context| context.waker().clone());
+        let mut context = Context::from_waker(&waker);
         let Inner { store, phase, is_partial, .. } = inner;
         let mut has_changed = false;
         while let Phase::Subscribed(subscription) = phase {
-            match subscription.consumer.poll_next_unpin(context) {
+            match subscription.consumer.poll_next_unpin(&mut context) {
                 Poll::Ready(Some(Ok(delivery))) => {
                     let memory = &self.shared.memory;
                     let held = Held::new(delivery, &subscription.channel, &self.name, None, memory);
@@ -407,7 +406,7 @@ impl Puller {
         inner.store.drop_dead();
         let here = inner.store.len() as u64;
         drop(inner);
-        // Looking has taken the place of whoever waits for deliveries.
+        // Looking has taken the task's place.
         self.wake();
         Ok((ready, here))
     }
@@ -433,8 +432,8 @@ impl Drop for Pull {
         inner.last_pull = Instant::now();
         let is_due_sooner = inner.looks_at > inner.lingers_until();
         drop(inner);
-        // Others may have to look in its place: for deliveries, and at what it has left.
-        self.0.changed.notify_waiters();
+        // Others may have to look at what it has left.
+        self.0.changed.0.notify_waiters();
         if is_due_sooner {
             self.0.work.notify_one();
         }

@@ -51,7 +51,7 @@ pub(super) async fn run(puller: Arc<Puller>) {
         };
         tokio::select! {
             failed = std::future::poll_fn(|context| puller.poll(context)) => {
-                puller.changed.notify_waiters();
+                puller.changed.0.notify_waiters();
                 if let Some(error) = failed {
                     retry_at = Instant::now() + RETRY_AFTER;
                     if !puller.is_gone() && !puller.shared.is_closed() {
@@ -116,7 +116,7 @@ impl Puller {
         let ended = self.is_gone() || self.shared.is_closed();
         inner.store.drop_dead();
         if inner.store.expire(now.into_std()) {
-            self.changed.notify_waiters();
+            self.changed.0.notify_waiters();
         }
         inner.store.renew(now.into_std(), &mut |held| self.shared.give_back(held));
         if ended {
