@@ -152,6 +152,11 @@ impl Shared {
             Some(client) => Some(client.take_admin_turn().await),
             None => None,
         };
+        // A consumer that has just ended asks its queue for what is on its way; without the queue that would cost its
+        // channel, and all who share it.
+        for queue in [Queue::Outbox(id.clone()), Queue::Notify(id.clone()), Queue::Inbox(id.clone())] {
+            self.intake(&queue).turn(&queue.to_string()).await;
+        }
         // First, so that it cannot write any more. When that cannot be done now, everything else is all the same.
         let without_user = match &self.users {
             Some(users) => users.remove(&id).await,

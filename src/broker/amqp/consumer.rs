@@ -367,7 +367,9 @@ impl ConsumerCore {
 
     /// Ends the subscription to begin another, and keeps what it has brought.
     fn renew(&self, state: &mut State) {
-        let Some(subscription) = state.subscription.take() else { return };
+        let Some(mut subscription) = state.subscription.take() else { return };
+        // Here and not in its turn: what is acknowledged next would make room, and RabbitMQ hand out more.
+        subscription.cancel();
         let channel = Arc::clone(&subscription.channel);
         let (sender, rest) = oneshot::channel();
         self.shared.intake(&self.queue).end(&self.shared.thread, subscription, Left::Kept(sender));

@@ -5,6 +5,7 @@
 //! to the next. Acknowledgements do not go through the task: they are put in line by whoever settles.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -125,6 +126,24 @@ pub(super) struct Subscription {
     pub(super) prefetch: u16,
     /// The queue's name.
     queue: String,
+    /// The answer to its being cancelled, when that has begun.
+    cancelled: Option<Cancelled>,
+}
+
+type Cancelled = Pin<Box<dyn Future<Output = Result<(), lapin::Error>> + Send>>;
+
+impl Subscription {
+    /// Puts its end in line, before whatever is acknowledged on its channel after this. [`Intake::end`] does the rest.
+    pub(super) fn cancel(&mut self) {
+        let (channel, tag) = (self.channel.channel.clone(), self.consumer.tag());
+        let mut sent: Cancelled =
+            Box::pin(async move { channel.basic_cancel(tag, BasicCancelOptions::default()).await });
+        // The first poll puts the frame in line.
+        self.cancelled = Some(match sent.as_mut().now_or_never() {
+            Some(answer) => Box::pin(std::future::ready(answer)),
+            None => sent,
+        });
+    }
 }
 
 /// What becomes of what a subscription was handed and nobody took, when it ends.
@@ -148,6 +167,7 @@ enum Command {
     Subscribe { queue: String, prefetch: u16, reply: oneshot::Sender<Result<Subscription, lapin::Error>> },
     End { subscription: Box<Subscription>, left: Left },
     GiveBack(Box<GivenBack>),
+    Turn { queue: String, over: oneshot::Sender<()> },
 }
 
 /// What a consumer leaves that goes while its subscription is being made anew.
@@ -246,6 +266,16 @@ impl Intake {
         self.tell(thread, Command::End { subscription: Box::new(subscription), left });
     }
 
+    /// Waits until what was asked for a queue before this is done.
+    pub(super) async fn turn(&self, queue: &str) {
+        let (over, receiver) = oneshot::channel();
+        let command = Command::Turn { queue: queue.to_owned(), over };
+        if self.commands.send((command, Done::after(&self.under_way))).await.is_ok() {
+            // Dropped, not sent.
+            let _ = receiver.await;
+        }
+    }
+
     /// Gives back what a subscription had brought that was ended before.
     pub(super) fn give_back(&self, thread: &AmqpThread, back: GivenBack) {
         self.tell(thread, Command::GiveBack(Box::new(back)));
@@ -308,6 +338,13 @@ async fn run(
                 handle.spawn(async move {
                     let _turn = (turn.begin().await, done);
                     back.give_back().await;
+                });
+            }
+            Command::Turn { queue, over } => {
+                let turn = turns.next(&queue);
+                handle.spawn(async move {
+                    let _turn = (turn.begin().await, done);
+                    drop(over);
                 });
             }
         }
@@ -424,7 +461,7 @@ fn begin(
             Some(result) => result?,
             None => consume.await?,
         };
-        Ok(Subscription { consumer, channel, prefetch, queue })
+        Ok(Subscription { consumer, channel, prefetch, queue, cancelled: None })
     }
 }
 
@@ -434,10 +471,12 @@ async fn end(mut subscription: Subscription, left: Left) {
     if let Left::Back { outstanding, is_gone: false, .. } = &left {
         gather(&mut subscription, *outstanding, &mut rest).await;
     }
-    if channel.is_alive() {
-        let cancel = channel.channel.basic_cancel(subscription.consumer.tag(), BasicCancelOptions::default());
+    if subscription.cancelled.is_none() && channel.is_alive() {
+        subscription.cancel();
+    }
+    if let Some(cancelled) = subscription.cancelled.take() {
         // A channel that cannot even cancel is dead, or will be; then its deliveries come back by themselves.
-        let _ = channel.answer(cancel).await;
+        let _ = channel.answer(cancelled).await;
     }
     drain(&mut subscription, &mut rest);
     match left {

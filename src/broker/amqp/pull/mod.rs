@@ -96,7 +96,7 @@ impl Inner {
 enum Phase {
     Idle,
     Subscribing(oneshot::Receiver<Result<Subscription, lapin::Error>>),
-    Subscribed(Subscription),
+    Subscribed(Box<Subscription>),
     /// What was not taken is being given back.
     Ending(oneshot::Receiver<()>),
 }

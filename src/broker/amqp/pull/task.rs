@@ -92,7 +92,7 @@ impl Puller {
                     Ok(Ok(subscription)) => {
                         inner.store.begin();
                         inner.is_partial = true;
-                        inner.phase = Phase::Subscribed(subscription);
+                        inner.phase = Phase::Subscribed(Box::new(subscription));
                         Poll::Ready(None)
                     }
                     Ok(Err(error)) => {
@@ -172,7 +172,7 @@ impl Puller {
     /// Ends the subscription. The buffer, and what it was handed and nobody looked at, goes back.
     fn unsubscribe(&self, inner: &mut Inner, buffer: Vec<Held>, outstanding: usize) {
         let subscription = match std::mem::replace(&mut inner.phase, Phase::Idle) {
-            Phase::Subscribed(subscription) => subscription,
+            Phase::Subscribed(subscription) => *subscription,
             other => {
                 inner.phase = other;
                 buffer.iter().for_each(|held| self.shared.give_back(held));
