@@ -1,4 +1,4 @@
-//! The thread on which all AMQP work runs.
+//! The thread on which AMQP work runs, but for what each message goes through ([`AmqpThread::carry`]).
 //!
 //! lapin wants a tokio runtime with I/O for as long as a connection lives. Callers sit on actix arbiters, which come
 //! and go with their system, so the broker has a small runtime of its own: one thread, no work stealing. Each lapin

@@ -16,12 +16,7 @@ async fn heavy_nothing_accepted_is_lost_when_a_node_of_three_is_killed() {
     let begun = Instant::now();
     let mut cluster = Cluster::start(3).await;
     println!("three nodes form a cluster after {:?}", begun.elapsed());
-    let app = TestApp::start_on(
-        BrokerKind::RabbitmqQuorum,
-        cluster.url(),
-        &[("RUST_LOG", "info,backbone::broker::amqp=debug,backbone::actors=debug")],
-    )
-    .await;
+    let app = TestApp::start_on(BrokerKind::RabbitmqQuorum, cluster.url(), &[]).await;
     let scene = Scene::start(app).await;
     for killed in 0..cluster.nodes.len() {
         cluster.nodes[killed].kill();
