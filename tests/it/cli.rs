@@ -449,12 +449,39 @@ mod rabbitmq {
     async fn bench_compares_with_bare_queues_and_leaves_none_behind() {
         let host = VirtualHost::create().await;
         let url = host.url();
-        let arguments =
-            ["pipe", "latency", "--baseline", "--broker", &url, "--queue-type", "classic", "--messages", "300"];
-        let expected = ["bare", "bare", "pipe", "bare-latency", "bare-latency", "latency"].map(|name| (name, 300));
+        let arguments = [
+            "pipe",
+            "latency",
+            "ws-latency",
+            "--baseline",
+            "--broker",
+            &url,
+            "--queue-type",
+            "classic",
+            "--messages",
+            "300",
+        ];
+        let expected = [
+            "bare",
+            "bare",
+            "pipe",
+            "bare-latency",
+            "bare-latency",
+            "latency",
+            "bare-latency",
+            "bare-latency",
+            "ws-latency",
+        ]
+        .map(|name| (name, 300));
         let reports = bench_with_a_router_of_its_own(&arguments, &expected).await;
         assert!(reports[2]["ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
-        assert!(reports[5]["p99_ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
+        for report in [&reports[5], &reports[8]] {
+            assert!(report["p99_ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
+        }
+        let arguments = ["onboard", "--clients", "20", "--baseline", "--broker", &url, "--queue-type", "classic"];
+        let expected = ["bare-onboard", "bare-onboard", "onboard"].map(|name| (name, 20));
+        let reports = bench_with_a_router_of_its_own(&arguments, &expected).await;
+        assert!(reports[2]["ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
         let left = host.manage(reqwest::Method::GET, &format!("queues/{}", host.name()), None).await;
         let left: Vec<_> = left.as_array().expect("a list").iter().filter_map(|queue| queue["name"].as_str()).collect();
         assert!(left.iter().all(|name| name.starts_with("soar-")), "{left:?}");

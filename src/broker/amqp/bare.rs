@@ -7,6 +7,8 @@
 //! Persistent messages, mandatory, confirmed within a window; a relay acknowledges what it took when the next queue has
 //! confirmed it, as many as it can at once; connections for publishing and for consuming apart. Everything that a
 //! router adds is left out: HTTP, clients, envelopes, own ids, traces, and what mends a break. For `backbone bench`.
+//!
+//! And clients' queues, declared and bound without a router: what onboarding is measured against.
 
 use std::pin::Pin;
 use std::task::Poll;
@@ -36,7 +38,7 @@ const WINDOW: u16 = 1024;
 const PERSISTENT: u8 = 2;
 
 /// What an error says was being done.
-const ACTION: &str = "run the bare pipeline";
+const ACTION: &str = "measure bare queues";
 
 /// Resolves when a message is confirmed.
 pub type Confirmed = Pin<Box<dyn Future<Output = Result<(), BrokerError>> + Send>>;
@@ -129,6 +131,101 @@ impl Pipeline {
         };
         deleted.await.map_err(|error| broker_error(ACTION, error))
     }
+}
+
+/// Clients' queues. See the module.
+#[derive(Debug)]
+pub struct Grounds {
+    connection: Connection,
+    name: String,
+    kind: QueueType,
+}
+
+/// Declares them, one client after the other.
+#[derive(Debug)]
+pub struct Declarer {
+    channel: Channel,
+    name: String,
+    kind: QueueType,
+}
+
+impl Grounds {
+    /// Declares exchanges whose names begin with `name`.
+    ///
+    /// # Errors
+    /// When the URL cannot be read, or what RabbitMQ says.
+    pub async fn open(url: &str, kind: QueueType, name: &str) -> Result<Self, BrokerError> {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let addresses = Addresses::parse(url)?;
+        let opened = async {
+            let connection = session::connect(addresses.nth(0), "onboarding").await?;
+            let channel = connection.create_channel().await?;
+            let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+            for (exchange, kind) in exchanges(name) {
+                channel.exchange_declare(short(&exchange), kind, durable, FieldTable::default()).await?;
+            }
+            Ok(Self { connection, name: name.to_owned(), kind })
+        };
+        opened.await.map_err(|error| broker_error(ACTION, error))
+    }
+
+    /// One with a channel of its own.
+    ///
+    /// # Errors
+    /// What RabbitMQ says.
+    pub async fn declarer(&self) -> Result<Declarer, BrokerError> {
+        let channel = self.connection.create_channel().await.map_err(|error| broker_error(ACTION, error))?;
+        Ok(Declarer { channel, name: self.name.clone(), kind: self.kind })
+    }
+
+    /// Deletes the queues of the first `clients`, and the exchanges.
+    ///
+    /// # Errors
+    /// What RabbitMQ says.
+    pub async fn close(self, clients: u64) -> Result<(), BrokerError> {
+        let deleted = async {
+            let channel = self.connection.create_channel().await?;
+            for client in 0..clients {
+                let queues = queues(&self.name, client);
+                let deletes =
+                    queues.iter().map(|queue| channel.queue_delete(short(queue), QueueDeleteOptions::default()));
+                futures_util::future::try_join_all(deletes).await?;
+            }
+            for (exchange, _) in exchanges(&self.name) {
+                channel.exchange_delete(short(&exchange), ExchangeDeleteOptions::default()).await?;
+            }
+            self.connection.close(200, short("bye")).await
+        };
+        deleted.await.map_err(|error| broker_error(ACTION, error))
+    }
+}
+
+impl Declarer {
+    /// Declares a client's four queues, and binds the last of them as an inbox is bound.
+    ///
+    /// # Errors
+    /// What RabbitMQ says.
+    pub async fn declare(&self, client: u64) -> Result<(), BrokerError> {
+        let declared = async {
+            let queues = queues(&self.name, client);
+            let declares = queues.iter().map(|queue| topology::declare_queue(&self.channel, queue, self.kind));
+            futures_util::future::try_join_all(declares).await?;
+            for (exchange, _) in exchanges(&self.name) {
+                topology::bind(&self.channel, &queues[3], &exchange, &format!("client.{client}")).await?;
+            }
+            Ok(())
+        };
+        declared.await.map_err(|error| broker_error(ACTION, error))
+    }
+}
+
+/// As the router has them: one for broadcasts and one for topics.
+fn exchanges(name: &str) -> [(String, ExchangeKind); 2] {
+    [(format!("{name}-broadcast"), ExchangeKind::Fanout), (format!("{name}-topic"), ExchangeKind::Topic)]
+}
+
+fn queues(name: &str, client: u64) -> [String; 4] {
+    ["dead", "notify", "outbox", "inbox"].map(|queue| format!("{name}-{client}-{queue}"))
 }
 
 impl Entry {

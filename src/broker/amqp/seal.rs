@@ -27,6 +27,13 @@ use crate::config::QueueType;
 /// How long a queue that may hold messages is asked for an answer before it is taken for one that will never give any.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
 
+/// After a retry queue was made, the next waits so many times as long as that took: four fifths of the time RabbitMQ has
+/// for messages.
+const RESTS: u32 = 4;
+
+/// And no longer.
+const REST_MAX: Duration = Duration::from_millis(500);
+
 type Waiter = oneshot::Sender<Result<(), BrokerError>>;
 
 /// Those who wait for a seal.
@@ -114,10 +121,19 @@ impl Shared {
     }
 
     /// Sees to it that the queue for this delay is there, and stays.
+    ///
+    /// They are made one at a time, with a rest after each: each keeps RabbitMQ busy for tens of milliseconds, and when
+    /// many endpoints fail at once, with jitter in their delays, many are wanted at once. What is for healthy endpoints
+    /// does not wait for them.
     pub(super) async fn retry_queue(&self, session: &Session, seconds: u64) -> Result<(), BrokerError> {
         if session.has_retry(seconds) {
             return Ok(());
         }
+        let turn = session.take_retry_turn().await;
+        if session.has_retry(seconds) {
+            return Ok(());
+        }
+        let began = Instant::now();
         let name = topology::retry(seconds);
         let noted = state::note_retry(&self.db, seconds).await;
         noted.map_err(|error| db_error(format!("note queue {name}"), error))?;
@@ -125,6 +141,11 @@ impl Shared {
         declared.map_err(|error| broker_error(format!("declare queue {name}"), error))?;
         self.seal_own(session, &name, Own::Retry(seconds)).await?;
         session.note_retry(seconds);
+        let rest = (RESTS * began.elapsed()).min(REST_MAX);
+        self.thread.spawn(async move {
+            tokio::time::sleep(rest).await;
+            drop(turn);
+        });
         Ok(())
     }
 

@@ -17,7 +17,7 @@ use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions}
 use lapin::uri::AMQPUri;
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Event};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
 
 use super::wire::short;
 
@@ -85,6 +85,8 @@ pub(super) struct Session {
     silent: watch::Sender<bool>,
     /// Retry queues that are known to be there.
     retries: Mutex<BTreeSet<u64>>,
+    /// Whose turn it is to declare one.
+    retry_turn: Arc<tokio::sync::Mutex<()>>,
     /// An exchange was not there: nothing is moved on until everything is declared again.
     suspect: watch::Sender<bool>,
     since: Instant,
@@ -111,6 +113,7 @@ impl Session {
             last_sign_ms: AtomicU64::new(0),
             silent: watch::Sender::new(false),
             retries: Mutex::default(),
+            retry_turn: Arc::default(),
             suspect: watch::Sender::new(false),
             since: Instant::now(),
             ended: watch::Sender::new(false),
@@ -199,6 +202,11 @@ impl Session {
     /// Whether the retry queue for this delay is known to be there.
     pub(super) fn has_retry(&self, seconds: u64) -> bool {
         self.retries.lock().contains(&seconds)
+    }
+
+    /// Waits until nobody else declares a retry queue.
+    pub(super) async fn take_retry_turn(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.retry_turn).lock_owned().await
     }
 
     /// Notes that it is.

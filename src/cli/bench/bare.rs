@@ -1,6 +1,7 @@
-//! What to measure a router on RabbitMQ against: the same three queues in bare lapin, in the same run.
+//! What to measure a router on RabbitMQ against: the same queues in bare lapin, in the same run.
 
 use std::rc::Rc;
+use std::time::Instant;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
@@ -8,11 +9,12 @@ use futures_util::stream::FuturesUnordered;
 use super::Options;
 use super::latency::{Due, RATE, tick};
 use super::load::{Run, Tasks};
+use super::onboard;
 use super::payload::{Payload, numbers};
 use super::report::Report;
 use super::scenarios::{report, report_arrived};
 use crate::broker::BrokerError;
-use crate::broker::amqp::bare::{Entry, Exit, Pipeline};
+use crate::broker::amqp::bare::{Declarer, Entry, Exit, Grounds, Pipeline};
 use crate::cli::error::CliError;
 use crate::cli::interrupt::Interrupt;
 use crate::config::QueueType;
@@ -48,13 +50,51 @@ pub(super) async fn latency(options: &Options, seconds: f64, interrupt: &Interru
     Ok(report("bare-latency", what, &run, "messages", run.accepted.get(), took, "publish to delivery"))
 }
 
-async fn open(options: &Options) -> Result<(Pipeline, Entry, Exit), CliError> {
-    let url = options.broker.as_deref().unwrap_or_default();
+/// Clients' queues a second, over as many channels as `onboard` has connections.
+pub(super) async fn onboard(options: &Options, seconds: f64, interrupt: &Interrupt) -> Result<Report, CliError> {
+    let channels = options.connections.unwrap_or(onboard::CONNECTIONS);
+    let (url, kind, name) = place(options);
+    let grounds = Grounds::open(url, kind, &name).await.map_err(|error| failed(&error))?;
+    let mut declarers = Vec::new();
+    for _ in 0..channels {
+        declarers.push(grounds.declarer().await.map_err(|error| failed(&error))?);
+    }
+    let run = onboard::begin(options, seconds, interrupt);
+    let mut tasks = Tasks::new(&run);
+    for declarer in declarers {
+        tasks.spawn_sender(declare(Rc::clone(&run), declarer));
+    }
+    let outcome = tasks.finish("declaring bare queues", options.json, |run| run.accepted.get()).await;
+    let (took, count) = (run.last_accepted.get() - run.started, run.accepted.get());
+    let closed = grounds.close(run.taken()).await.map_err(|error| failed(&error));
+    outcome.and(closed)?;
+    let what = format!("four queues of a client in bare lapin over {channels} channels, without a router");
+    let mut report = report("bare-onboard", what, &run, "clients", count, took, "client");
+    report.verdict = Ok("each was declared and bound".to_owned());
+    Ok(report)
+}
+
+async fn declare(run: Rc<Run>, declarer: Declarer) -> Result<(), CliError> {
+    while let Some(numbers) = run.take(1) {
+        let asked = Instant::now();
+        declarer.declare(numbers.start).await.map_err(|error| failed(&error))?;
+        run.times.borrow_mut().add(asked.elapsed());
+        run.accept(numbers);
+    }
+    Ok(())
+}
+
+/// Where bare queues are made, of what type, and with what their names begin.
+fn place(options: &Options) -> (&str, QueueType, String) {
     let kind = match options.queue_type.as_deref() {
         Some("classic") => QueueType::Classic,
         _ => QueueType::Quorum,
     };
-    let name = format!("backbone-bench-{:08x}", rand::random::<u32>());
+    (options.broker.as_deref().unwrap_or_default(), kind, format!("backbone-bench-{:08x}", rand::random::<u32>()))
+}
+
+async fn open(options: &Options) -> Result<(Pipeline, Entry, Exit), CliError> {
+    let (url, kind, name) = place(options);
     Pipeline::open(url, kind, &name).await.map_err(|error| failed(&error))
 }
 
@@ -65,7 +105,7 @@ async fn close(pipeline: Pipeline, outcome: Result<(), CliError>) -> Result<(), 
 }
 
 fn failed(error: &BrokerError) -> CliError {
-    CliError::failed(format!("the bare pipeline: {}", crate::actors::describe(error)))
+    CliError::failed(format!("bare queues: {}", crate::actors::describe(error)))
 }
 
 /// Publishes as fast as the window and the backlog allow.

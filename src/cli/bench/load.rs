@@ -88,6 +88,11 @@ impl Run {
         Some(from..to)
     }
 
+    /// How many numbers were taken.
+    pub(super) fn taken(&self) -> u64 {
+        self.next.get()
+    }
+
     /// Whether no more is to be sent.
     pub(super) fn is_over(&self) -> bool {
         self.stopped.get() || self.interrupt.is_set() || Instant::now() >= self.deadline

@@ -43,6 +43,8 @@ enum Scenario {
     Latency,
     /// Messages in and out over a few WebSockets
     Ws,
+    /// The same at a steady rate: send to receive
+    WsLatency,
     /// Webhooks to one healthy receiver, 256 at once
     Webhook,
     /// 202 to webhook at a steady rate
@@ -82,6 +84,8 @@ enum Yardstick {
     BareRate,
     /// The same at a steady rate.
     BareLatency,
+    /// Clients' queues in bare lapin.
+    BareOnboard,
     /// A client that only signs and posts.
     BareCaller,
     /// `pipe` on a router that is run otherwise.
@@ -132,14 +136,14 @@ struct Options {
     /// Inboxes (fanout)
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
     inboxes: u32,
-    /// Messages a second [default: latency 1000, webhook-latency 500]
+    /// Messages a second [default: latency and ws-latency 1000, webhook-latency 500]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
     rate: Option<u64>,
     /// Clients (onboard)
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     clients: u64,
     /// Measure a baseline before and after, and say how near it comes: for send a bare durable handler; with RabbitMQ
-    /// for pipe and latency three queues in bare lapin; for webhook a bare client that signs and posts, with RabbitMQ
+    /// for pipe and the latencies three queues in bare lapin, for onboard clients' queues; for webhook a bare client that signs and posts, with RabbitMQ
     /// what a client pulls
     #[arg(long)]
     baseline: bool,
@@ -181,7 +185,8 @@ impl Options {
             _ if !self.baseline => None,
             Scenario::Send => Some(Yardstick::Handler),
             Scenario::Pipe if is_rabbitmq => Some(Yardstick::BareRate),
-            Scenario::Latency if is_rabbitmq => Some(Yardstick::BareLatency),
+            Scenario::Latency | Scenario::WsLatency if is_rabbitmq => Some(Yardstick::BareLatency),
+            Scenario::Onboard if is_rabbitmq => Some(Yardstick::BareOnboard),
             Scenario::Webhook if is_rabbitmq => Some(Yardstick::Pipe("pipe", Variant::PLAIN)),
             Scenario::Webhook => Some(Yardstick::BareCaller),
             _ => None,
@@ -215,9 +220,9 @@ impl Bench {
     }
 
     fn chosen(&self) -> Vec<Scenario> {
-        use Scenario::{All, Fanout, Latency, Onboard, Pipe, Send, Webhook, WebhookLatency, Ws};
+        use Scenario::{All, Fanout, Latency, Onboard, Pipe, Send, Webhook, WebhookLatency, Ws, WsLatency};
         let chosen = self.scenarios.iter().flat_map(|scenario| match scenario {
-            All => vec![Send, Pipe, Fanout, Latency, Ws, Webhook, WebhookLatency, Onboard],
+            All => vec![Send, Pipe, Fanout, Latency, Ws, WsLatency, Webhook, WebhookLatency, Onboard],
             one => vec![*one],
         });
         chosen.collect()
@@ -291,6 +296,7 @@ impl Bench {
             Yardstick::Handler => baseline::measure(options, options.seconds, interrupt).await,
             Yardstick::BareRate => bare::rate(options, options.seconds, interrupt).await,
             Yardstick::BareLatency => bare::latency(options, options.seconds, interrupt).await,
+            Yardstick::BareOnboard => bare::onboard(options, options.seconds, interrupt).await,
             Yardstick::BareCaller => webhook::bare(options, options.seconds, interrupt).await,
             Yardstick::Pipe(name, variant) => {
                 let report = self.measured(context, Scenario::Pipe, variant, options, interrupt).await?;
@@ -354,6 +360,7 @@ async fn run(
         Scenario::Fanout => scenarios::fanout(target, options, interrupt).await,
         Scenario::Latency => latency::latency(target, options, interrupt).await,
         Scenario::Ws => sockets::ws(target, options, interrupt).await,
+        Scenario::WsLatency => sockets::latency(target, options, interrupt).await,
         Scenario::Webhook => webhook::rate(target, options, interrupt).await,
         Scenario::WebhookLatency => webhook::latency(target, options, interrupt).await,
         Scenario::Onboard => onboard::onboard(target, options, interrupt).await,

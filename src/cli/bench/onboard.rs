@@ -15,6 +15,9 @@ use super::target::{Caller, Party, Target, unexpected};
 use crate::cli::error::CliError;
 use crate::cli::interrupt::Interrupt;
 
+/// Connections, unless told otherwise.
+pub(super) const CONNECTIONS: usize = 16;
+
 /// Every how many-th client is kept in mind, to send and receive a message afterwards.
 const SAMPLED_EVERY: u64 = 50;
 
@@ -34,12 +37,17 @@ struct Created<'a> {
 /// Clients to try out, with their numbers.
 type Samples = Rc<RefCell<Vec<(u64, Party)>>>;
 
+/// Begins now, for so many clients or seconds.
+pub(super) fn begin(options: &Options, seconds: f64, interrupt: &Interrupt) -> Rc<Run> {
+    let limited = Options { messages: Some(options.clients), ..options.clone() };
+    Run::begin(&limited, seconds, 0, interrupt)
+}
+
 /// Runs the scenario.
 pub(super) async fn onboard(target: &Target, options: &Options, interrupt: &Interrupt) -> Result<Report, CliError> {
-    let connections = options.connections.unwrap_or(16);
-    let limited = Options { messages: Some(options.clients), ..options.clone() };
+    let connections = options.connections.unwrap_or(CONNECTIONS);
     let samples = Samples::default();
-    let run = Run::begin(&limited, options.seconds, 0, interrupt);
+    let run = begin(options, options.seconds, interrupt);
     let mut tasks = Tasks::new(&run);
     let made: Rc<RefCell<Vec<String>>> = Rc::default();
     for _ in 0..connections {

@@ -1,4 +1,5 @@
-//! `ws`: messages in over a few WebSockets and out over a few, at the same time.
+//! `ws`: messages in over a few WebSockets and out over a few, at the same time; `ws-latency`: how long that takes at a
+//! steady rate.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -9,10 +10,11 @@ use futures_util::FutureExt as _;
 use tokio::net::TcpStream;
 
 use super::Options;
+use super::latency::{Due, RATE, tick};
 use super::load::{Run, SHOWN_EVERY, Tasks};
 use super::payload::{Payload, numbers};
 use super::report::Report;
-use super::scenarios::report_arrived;
+use super::scenarios::{report, report_arrived};
 use super::target::Target;
 use crate::cli::error::CliError;
 use crate::cli::interrupt::Interrupt;
@@ -53,7 +55,7 @@ pub(super) async fn ws(target: &Target, options: &Options, interrupt: &Interrupt
         tasks.spawn_sender(send(Rc::clone(&run), socket, Rc::clone(&payload), options.batch, window));
     }
     for socket in receivers {
-        tasks.spawn(receive(Rc::clone(&run), socket, payload.message_bytes()));
+        tasks.spawn(receive(Rc::clone(&run), socket, payload.message_bytes(), |_, _| ()));
     }
     tasks.finish("over sockets", options.json, |run| run.ledger.borrow().arrived()).await?;
     let what = format!(
@@ -61,6 +63,27 @@ pub(super) async fn ws(target: &Target, options: &Options, interrupt: &Interrupt
         options.batch
     );
     Ok(report_arrived("ws", what, &run, "messages", "frame"))
+}
+
+/// Runs the scenario at a steady rate: one socket that sends and one that receives, as the bare queues have.
+pub(super) async fn latency(target: &Target, options: &Options, interrupt: &Interrupt) -> Result<Report, CliError> {
+    let rate = options.rate.unwrap_or(RATE);
+    let topic = target.topic("ws-latency");
+    let receiver = target.onboard("ws-latency-in", std::slice::from_ref(&topic)).await?;
+    let sender = target.onboard("ws-latency-out", &[]).await?;
+    let payload = Rc::new(Payload::new(&topic, options.bytes));
+    let (source, sink) = (target.socket(&sender).await?, target.socket(&receiver).await?);
+    let due = Rc::new(Due::default());
+    let run = Run::begin(options, options.seconds, 1, interrupt);
+    let mut tasks = Tasks::new(&run);
+    tasks.spawn_sender(tick(Rc::clone(&run), Rc::clone(&due), rate));
+    tasks.spawn_sender(send_due(Rc::clone(&run), Rc::clone(&due), source, Rc::clone(&payload)));
+    let arrived = move |run: &Run, number| due.arrived(run, number);
+    tasks.spawn(receive(Rc::clone(&run), sink, payload.message_bytes(), arrived));
+    tasks.finish("at a steady rate", options.json, |run| run.ledger.borrow().arrived()).await?;
+    let took = run.last_accepted.get() - run.started;
+    let what = format!("in over a socket and out over another at {rate} messages/s, acknowledged");
+    Ok(report("ws-latency", what, &run, "messages", run.accepted.get(), took, "send to receive"))
 }
 
 fn broken(error: std::io::Error) -> CliError {
@@ -74,25 +97,12 @@ async fn send(run: Rc<Run>, mut socket: Socket, payload: Rc<Payload>, batch: u64
     loop {
         while under_way.len() < FRAMES_UNDER_WAY && run.is_within(window) {
             let Some(numbers) = run.take(batch) else { break };
-            body.clear();
-            body.extend_from_slice(b"{\"type\":\"send\",\"messages\":[");
-            for number in numbers.clone() {
-                payload.write(number..number + 1, &mut body);
-                // Over the line's end.
-                body.pop();
-                body.push(b',');
-            }
-            body.pop();
-            body.extend_from_slice(b"]}");
-            socket.queue(std::str::from_utf8(&body).map_err(|error| CliError::failed(error.to_string()))?);
+            queue(&mut socket, &payload, numbers.clone(), &mut body)?;
             under_way.push_back((numbers, Instant::now()));
         }
         socket.flush().await.map_err(broken)?;
         if !under_way.is_empty() {
-            let text = next(&mut socket).await?;
-            if !text.starts_with(b"{\"type\":\"accepted\"") {
-                return Err(unexpected(&text));
-            }
+            accepted(&next(&mut socket).await?)?;
             if let Some((numbers, since)) = under_way.pop_front() {
                 run.times.borrow_mut().add(since.elapsed());
                 run.accept(numbers);
@@ -105,8 +115,59 @@ async fn send(run: Rc<Run>, mut socket: Socket, payload: Rc<Payload>, batch: u64
     }
 }
 
-/// Receives, and acknowledges what is there at once.
-async fn receive(run: Rc<Run>, mut socket: Socket, message_bytes: usize) -> Result<(), CliError> {
+/// Sends what is due, as many in a frame as have come due since the last, and takes the answers as they come.
+async fn send_due(run: Rc<Run>, due: Rc<Due>, mut socket: Socket, payload: Rc<Payload>) -> Result<(), CliError> {
+    let mut under_way: VecDeque<Range<u64>> = VecDeque::new();
+    let mut body = Vec::new();
+    loop {
+        let more = due.more();
+        if let Some(first) = due.take() {
+            // They come due in the order of their numbers.
+            let last = std::iter::from_fn(|| due.take()).last().unwrap_or(first);
+            queue(&mut socket, &payload, first..last + 1, &mut body)?;
+            socket.flush().await.map_err(broken)?;
+            under_way.push_back(first..last + 1);
+            continue;
+        }
+        tokio::select! {
+            text = next(&mut socket), if !under_way.is_empty() => {
+                accepted(&text?)?;
+                under_way.pop_front().into_iter().for_each(|numbers| run.accept(numbers));
+            }
+            () = more, if !due.is_over() => {}
+            else => return socket.close().await.map_err(broken),
+        }
+    }
+}
+
+/// Puts a frame with these messages in line.
+fn queue(socket: &mut Socket, payload: &Payload, numbers: Range<u64>, body: &mut Vec<u8>) -> Result<(), CliError> {
+    body.clear();
+    body.extend_from_slice(b"{\"type\":\"send\",\"messages\":[");
+    for number in numbers {
+        payload.write(number..number + 1, body);
+        // Over the line's end.
+        body.pop();
+        body.push(b',');
+    }
+    body.pop();
+    body.extend_from_slice(b"]}");
+    socket.queue(std::str::from_utf8(body).map_err(|error| CliError::failed(error.to_string()))?);
+    Ok(())
+}
+
+/// Fails unless the router has accepted a frame.
+fn accepted(text: &[u8]) -> Result<(), CliError> {
+    if text.starts_with(b"{\"type\":\"accepted\"") { Ok(()) } else { Err(unexpected(text)) }
+}
+
+/// Receives, acknowledges what is there at once, and calls `seen` for each message.
+async fn receive(
+    run: Rc<Run>,
+    mut socket: Socket,
+    message_bytes: usize,
+    seen: impl Fn(&Run, u64),
+) -> Result<(), CliError> {
     socket.send(&format!("{{\"type\":\"credit\",\"credit\":{CREDIT}}}")).await.map_err(broken)?;
     let mut receipts = String::new();
     while !run.is_complete() && !run.is_silent() {
@@ -118,7 +179,10 @@ async fn receive(run: Rc<Run>, mut socket: Socket, message_bytes: usize) -> Resu
         while let Some(text) = frame {
             match receipt_of(&text) {
                 Some(receipt) => {
-                    numbers(&text, message_bytes, |number| run.ledger.borrow_mut().arrive(0, number));
+                    numbers(&text, message_bytes, |number| {
+                        seen(&run, number);
+                        run.ledger.borrow_mut().arrive(0, number);
+                    });
                     let comma = if count > 0 { ",\"" } else { "\"" };
                     receipts.extend([comma, receipt, "\""]);
                     count += 1;
