@@ -420,6 +420,12 @@ impl Leased {
     pub(super) fn into_held(self) -> Held {
         self.0.held
     }
+
+    /// The delivery behind it, which counts as one more that was handed out.
+    pub(super) fn into_counted(self) -> Held {
+        let held = self.into_held();
+        Held { before: held.before + 1, ..held }
+    }
 }
 
 /// A pull under way.

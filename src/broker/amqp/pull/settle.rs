@@ -43,12 +43,13 @@ pub(in super::super) async fn settle_pulled(
             Some(delay) => delay_pulled(shared, &client, ended, delay, &action).await?,
         },
         PullOutcome::Reject => {
-            let held = ended.into_iter().map(Leased::into_held);
-            let held = held.map(|held| {
-                let deliveries = held.before + 1;
-                (Held { before: deliveries, ..held }, deliveries)
-            });
-            settle::bury(shared, id, held.collect(), DeadReason::Rejected).await?;
+            let with_attempts = |leased: Leased| {
+                let held = leased.into_counted();
+                let attempts = held.before;
+                (held, attempts)
+            };
+            let held = ended.into_iter().map(with_attempts).collect();
+            settle::bury(shared, id, held, DeadReason::Rejected).await?;
         }
     }
     Ok(unknown)
@@ -61,11 +62,7 @@ async fn delay_pulled(
     delay: Duration,
     action: &str,
 ) -> Result<(), BrokerError> {
-    let handed_out = |leased: Leased| {
-        let held = leased.into_held();
-        Held { before: held.before + 1, ..held }
-    };
-    let held: Vec<Held> = ended.into_iter().map(handed_out).collect();
+    let held: Vec<Held> = ended.into_iter().map(Leased::into_counted).collect();
     let delays = BTreeMap::from([(delay::seconds_for(delay), held.len() as u64)]);
     if let Err(error) = shared.prepare_delays(Some(client), delays).await {
         held.iter().for_each(|held| shared.give_back(held));
