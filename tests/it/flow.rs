@@ -160,7 +160,8 @@ broker_tests! {
         app.kill_and_restart().await;
         assert_eq!(sender.send_all(own).await["duplicates"], 1);
         assert_eq!(sender.receive_exactly(1, "").await[0]["id"], "1");
-        assert!(sender.receive("").await.is_empty());
+        // What RabbitMQ had moved on just before the kill it may hand out again, under the same id.
+        assert!(sender.receive("").await.iter().all(|copy| copy["id"] == "1"));
     }
 
     async fn one_senders_order_holds(app: &mut TestApp) {

@@ -106,7 +106,8 @@ broker_tests! {
         send(&sender, 0, 5).await;
         let off = record_shows(app, "off", |record| record["webhook"]["enabled"] == false).await;
         assert!(off["webhook"]["disabled_reason"].as_str().is_some_and(|reason| reason.contains("410")), "{off}");
-        assert_eq!(off["queues"]["inbox"], 5);
+        // Those that were still on their way come in as well.
+        receiver.wait_for_depth("inbox", 5).await;
         let heard = operator.call(Method::GET, "/receive?wait=30").send().await.ok(200);
         let event = &heard["messages"][0];
         assert_eq!(event["topic"], "soar.backbone.receiver.webhook-disabled");
@@ -125,29 +126,29 @@ broker_tests! {
     async fn retries_survive_kills_of_the_router_with_their_count(app: &mut TestApp) {
         let endpoint = FakeEndpoint::start(|_, _| Reply::Status(500));
         let (sender, _, _) = onboard(app, &endpoint.url(), json!({"retry_schedule_s": [2, 2]})).await;
-        send(&sender, 0, 3).await;
-        endpoint.wait_for(3).await;
+        // So few that the breaker stays closed, whatever comes twice.
+        send(&sender, 0, 1).await;
+        endpoint.wait_for(1).await;
         // An attempt is counted durably within moments; what was sent after it is durable when it is answered.
-        send(&sender, 3, 4).await;
-        endpoint.wait_for(4).await;
+        send(&sender, 1, 2).await;
+        endpoint.wait_for(2).await;
         let since = Instant::now();
         app.kill_and_restart().await;
-        let done = record_shows(app, "three or four are dead", |record| {
-            record["queues"]["inbox"] == 0 && record["queues"]["dead"] == 4
+        // What was under way when it was killed may have been made again, and on RabbitMQ what was copied into the retry
+        // queue and not acknowledged in the inbox is there twice.
+        record_shows(app, "both are dead", |record| {
+            record["queues"]["inbox"] == 0 && record["queues"]["dead"].as_u64().is_some_and(|dead| dead >= 2)
         })
         .await;
-        assert_eq!(done["queues"]["dead"], 4);
         assert!(since.elapsed() >= Duration::from_secs(3), "{:?}", since.elapsed());
         let letters = app.admin(Method::GET, "/clients/receiver/dead-letters").send().await.ok(200);
         let letters = letters["dead_letters"].as_array().expect("letters");
         let distinct: BTreeSet<_> = letters.iter().map(|letter| letter["envelope"]["id"].as_str()).collect();
-        assert_eq!(distinct.len(), 4, "{letters:?}");
+        assert_eq!((distinct.len(), letters.len() <= 4), (2, true), "{letters:?}");
         for letter in letters {
             assert_eq!((&letter["reason"], &letter["attempts"]), (&json!("delivery_failed"), &json!(3)), "{letter}");
         }
-        // What was under way when it was killed may have been made again, and on RabbitMQ what was copied into the retry
-        // queue and not acknowledged in the inbox is there twice.
-        assert!((12..=24).contains(&endpoint.count()), "{}", endpoint.count());
+        assert!((6..=12).contains(&endpoint.count()), "{}", endpoint.count());
     }
 
     async fn a_rotation_of_the_secret_reaches_the_pusher_at_once(app: &mut TestApp) {
