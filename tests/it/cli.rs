@@ -123,6 +123,8 @@ broker_tests! {
         let sent = Cli::new(app, &["send", "soar.x", "{\"depth\": 12.50}", "--json"]).by(&sender).run().await.json_lines();
         Cli::new(app, &["send", "soar.y", "plain words"]).by(&sender).run().await.ok();
         Cli::new(app, &["send", "soar.z", "-"]).by(&sender).run_with("[1,\n2]").await.ok();
+        // A broadcast goes another way, and may overtake them.
+        receiver.wait_for_depth("inbox", 3).await;
         Cli::new(app, &["notify", "-7"]).by(&sender).run().await.ok();
         let came = Cli::new(app, &["receive", "--wait", "5", "--max", "3", "--json"]).by(&receiver).run().await;
         assert!(came.ok().contains("\"message\":{\"depth\": 12.50}"), "byte for byte: {came:?}");
@@ -279,29 +281,29 @@ broker_tests! {
     async fn following_goes_on_when_the_router_is_back(app: &mut TestApp) {
         let client = app.onboard("noc-c2", &["a.#"]).await;
         let child = Cli::new(app, &["receive", "--follow", "--json"]).by(&client).spawn();
-        let printed = async |app: &TestApp| {
+        let send_and_wait = async |body: &str| {
+            let id = client.send("a.b", json!(body)).await;
             eventually("it is printed and acknowledged", SOON, async || {
-                // Counted anew after a restart.
-                (app.metric("backbone_messages_delivered_total").await >= 1.0).then_some(())
+                let way = client.get(&format!("/messages/{id}")).send().await;
+                (way.status == 200 && way.json()["state"] == "delivered").then_some(())
             })
             .await;
         };
-        client.send("a.b", json!("one")).await;
-        printed(app).await;
+        send_and_wait("one").await;
         app.restart().await;
-        client.send("a.b", json!("two")).await;
-        printed(app).await;
+        send_and_wait("two").await;
         app.kill_and_restart().await;
-        client.send("a.b", json!("three")).await;
-        printed(app).await;
+        send_and_wait("three").await;
         interrupt(&child);
         let ran = end_of(child).await;
-        let came = ran.json_lines();
+        // What was acknowledged just before the kill may come again, under the same id.
+        let mut ids = std::collections::HashSet::new();
+        let came: Vec<_> = ran.json_lines().into_iter().filter(|one| ids.insert(one["id"].to_string())).collect();
         assert_eq!(messages(&came), ["one", "two", "three"]);
         // The same members as `receive` without --follow prints.
         let members: Vec<_> = came[0].as_object().expect("an envelope").keys().cloned().collect();
         assert_eq!(members, ["deliveries", "id", "message", "receipt", "sender", "sent_at", "topic"]);
-        assert!(client.receive("").await.is_empty());
+        assert!(client.receive("").await.iter().all(|copy| copy["message"] == "two"));
     }
 
     async fn dead_letters_are_listed_replayed_and_purged(app: &mut TestApp) {
@@ -335,7 +337,8 @@ broker_tests! {
         client.receive_exactly(1, "").await;
         let way = eventually("the way is known to its end", SOON, async || {
             let way = Cli::new(app, &["trace", "my-own"]).run().await;
-            way.ok().contains("delivered").then_some(way)
+            // The hop before may be noted a moment later.
+            (way.ok().contains("delivered") && way.stdout.contains("a.#")).then_some(way)
         })
         .await;
         assert!(["accepted", "noc-c2", "a.#", "a.b"].iter().all(|part| way.stdout.contains(part)), "{way:?}");

@@ -35,7 +35,11 @@ async fn way(sender: &Client, id: &str, state: &str) -> Value {
             return None;
         }
         let way = answer.ok(200);
-        (way["state"] == state).then_some(way)
+        // A hop may be noted a moment after the next one has its message.
+        let has = |step: &str| way["hops"].as_array().is_some_and(|hops| hops.iter().any(|hop| hop["step"] == step));
+        let is_whole =
+            (has("forwarded") || way["topic"].is_null()) && has("published") && (has("routed") || has("unrouted"));
+        (way["state"] == state && is_whole).then_some(way)
     });
     match actix_rt::time::timeout(SOON / 2, way).await {
         Ok(way) => way,

@@ -198,9 +198,10 @@ broker_tests! {
         let off = record_shows(&receiver, "it is off", |record| record["webhook"]["enabled"] == false).await;
         assert!(off["webhook"]["disabled_reason"].as_str().is_some_and(|reason| reason.contains("5 days")), "{off}");
         assert_eq!(endpoint.count(), 1);
+        // Published when everything else is done.
+        let heard = operator.receive_exactly(1, "").await;
         assert_eq!(app.metric("backbone_webhooks_disabled_total").await as u64, 1);
         assert!(app.router.log().contains("webhook of client receiver was switched off"));
-        let heard = operator.receive_exactly(1, "").await;
         assert_eq!(heard[0]["topic"], "soar.backbone.receiver.webhook-disabled");
         assert_eq!((&heard[0]["sender"], &heard[0]["message"]["reason"]), (&json!("soar"), &json!("failing")));
         // Nothing is lost by it, and nothing is held against the endpoint when it is switched on again.

@@ -126,7 +126,7 @@ broker_tests! {
     async fn retries_survive_kills_of_the_router_with_their_count(app: &mut TestApp) {
         let endpoint = FakeEndpoint::start(|_, _| Reply::Status(500));
         let (sender, _, _) = onboard(app, &endpoint.url(), json!({"retry_schedule_s": [2, 2]})).await;
-        // So few that the breaker stays closed, whatever comes twice.
+        // So few that the breaker opens late, if at all, whatever comes twice.
         send(&sender, 0, 1).await;
         endpoint.wait_for(1).await;
         // An attempt is counted durably within moments; what was sent after it is durable when it is answered.
@@ -144,11 +144,11 @@ broker_tests! {
         let letters = app.admin(Method::GET, "/clients/receiver/dead-letters").send().await.ok(200);
         let letters = letters["dead_letters"].as_array().expect("letters");
         let distinct: BTreeSet<_> = letters.iter().map(|letter| letter["envelope"]["id"].as_str()).collect();
-        assert_eq!((distinct.len(), letters.len() <= 4), (2, true), "{letters:?}");
+        assert_eq!((distinct.len(), letters.len() <= 6), (2, true), "{letters:?}");
         for letter in letters {
             assert_eq!((&letter["reason"], &letter["attempts"]), (&json!("delivery_failed"), &json!(3)), "{letter}");
         }
-        assert!((6..=12).contains(&endpoint.count()), "{}", endpoint.count());
+        assert!((6..=18).contains(&endpoint.count()), "{}", endpoint.count());
     }
 
     async fn a_rotation_of_the_secret_reaches_the_pusher_at_once(app: &mut TestApp) {
