@@ -16,7 +16,7 @@ pub mod webhooks;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use rusqlite::Connection;
@@ -113,8 +113,18 @@ pub trait WriteJob: Send {
 /// Who has something to write whenever a transaction begins: the embedded broker's commit window.
 pub trait StandingJob: Send + Sync {
     /// What there is to write now. Called when the jobs of a transaction are known, and run before them; so what a
-    /// job's submitter did before it submitted is written before the job runs. `None` when there is nothing.
-    fn begin(&self) -> Option<Box<dyn WriteJob>>;
+    /// job's submitter did before it submitted is written before the job runs.
+    fn begin(&self) -> Turn;
+}
+
+/// What the standing job has for a transaction.
+pub enum Turn {
+    /// Nothing: it is asked again after the next [`Db::nudge`] or job.
+    Nothing,
+    /// This is to be written.
+    Write(Box<dyn WriteJob>),
+    /// Nothing before this moment, after which it is asked again whether or not anyone nudges.
+    NotBefore(Instant),
 }
 
 /// What reaches the writer.
@@ -396,8 +406,11 @@ fn write_loop(
                 }
             }
         }
-        if let Some(job) = standing.get().and_then(|standing| standing.begin()) {
-            batch.insert(0, job);
+        let mut again = None;
+        match standing.get().map_or(Turn::Nothing, |standing| standing.begin()) {
+            Turn::Nothing => {}
+            Turn::Write(job) => batch.insert(0, job),
+            Turn::NotBefore(at) => again = Some(at),
         }
         if !batch.is_empty() {
             commit(connection, &mut batch);
@@ -405,9 +418,11 @@ fn write_loop(
         } else if !open {
             break;
         } else {
-            match jobs.recv_timeout(space.patience()) {
+            let until_again = again.map(|at| at.saturating_duration_since(Instant::now()));
+            match jobs.recv_timeout(until_again.unwrap_or_else(|| space.patience())) {
                 Ok(ToWriter::Job(job)) => batch.push(job),
                 Ok(ToWriter::Nudge) | Err(mpsc::RecvTimeoutError::Disconnected) => {}
+                Err(mpsc::RecvTimeoutError::Timeout) if until_again.is_some() => {}
                 Err(mpsc::RecvTimeoutError::Timeout) => space.give_back(connection),
             }
         }
@@ -538,17 +553,58 @@ mod tests {
         db.write(|c| c.execute_batch("DELETE FROM t")).await.expect("empties");
         let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).expect("the file is there");
         let kept = Space::new(&directory.path().join("test.db")).kept;
-        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(30);
         // The file itself shrinks at a checkpoint; the pages are gone from it before.
         while db.read(|c| c.query_row("PRAGMA page_count", [], |r| r.get::<_, u64>(0))).await.expect("reads")
             > kept + 100
         {
-            assert!(std::time::Instant::now() < deadline, "the file is not given back");
+            assert!(Instant::now() < deadline, "the file is not given back");
             tokio::task::yield_now().await;
         }
         db.close();
         let kept = (kept + 100) * u64::from(PAGE_BYTES);
         assert!(bytes(&directory.path().join("test.db")) <= kept);
+    }
+
+    /// Puts its work off, as after a failed commit; then has it done.
+    struct PutOff {
+        until: Instant,
+        done: Mutex<Option<oneshot::Sender<Instant>>>,
+    }
+
+    struct Told(oneshot::Sender<Instant>);
+
+    impl StandingJob for PutOff {
+        fn begin(&self) -> Turn {
+            if Instant::now() < self.until {
+                return Turn::NotBefore(self.until);
+            }
+            self.done.lock().take().map_or(Turn::Nothing, |done| Turn::Write(Box::new(Told(done))))
+        }
+    }
+
+    impl WriteJob for Told {
+        fn run(&mut self, _: &Connection) -> rusqlite::Result<()> {
+            Ok(())
+        }
+
+        fn done(self: Box<Self>, result: Result<(), DbError>) {
+            result.expect("commits");
+            let _ = self.0.send(Instant::now());
+        }
+    }
+
+    #[actix_rt::test]
+    async fn what_the_standing_job_puts_off_is_done_without_a_nudge() {
+        let (_directory, db) = open();
+        let (sender, done) = oneshot::channel();
+        let until = Instant::now() + Duration::from_millis(50);
+        db.set_standing_job(Arc::new(PutOff { until, done: Mutex::new(Some(sender)) }));
+        // Somebody has just been there, so that the writer sleeps on what it was told.
+        db.nudge();
+        let done = tokio::time::timeout(Duration::from_secs(20), done).await.expect("is asked again").expect("is told");
+        assert!(done >= until);
+        db.close();
     }
 
     #[actix_rt::test]

@@ -7,7 +7,7 @@ use rusqlite::Connection;
 
 use super::Shared;
 use super::window::{Window, broker_error};
-use crate::db::{DbError, DbErrorKind, StandingJob, WriteJob};
+use crate::db::{DbError, DbErrorKind, StandingJob, Turn, WriteJob};
 
 /// How long to wait after a failed commit before the next, in milliseconds.
 const RETRY_MS: u64 = if cfg!(test) { 10 } else { 100 };
@@ -29,14 +29,16 @@ struct Flush {
 pub(super) struct Committer(pub(super) Weak<Shared>);
 
 impl StandingJob for Committer {
-    fn begin(&self) -> Option<Box<dyn WriteJob>> {
-        let shared = self.0.upgrade()?;
-        if shared.retry_at.lock().is_some_and(|at| Instant::now() < at) {
-            return None;
+    fn begin(&self) -> Turn {
+        let Some(shared) = self.0.upgrade() else { return Turn::Nothing };
+        if let Some(at) = shared.retry_at.lock().filter(|at| Instant::now() < *at) {
+            return Turn::NotBefore(at);
         }
         let_pipelines_run(&shared);
-        let window = shared.with_core(super::core::Core::take_window)?;
-        Some(Box::new(Flush { shared, window, began: Instant::now() }))
+        match shared.with_core(super::core::Core::take_window) {
+            Some(window) => Turn::Write(Box::new(Flush { shared, window, began: Instant::now() })),
+            None => Turn::Nothing,
+        }
     }
 }
 

@@ -32,14 +32,8 @@ fn run(weak: &Weak<Shared>) {
     loop {
         std::thread::park_timeout(Duration::from_millis(TICK_MS));
         let Some(shared) = weak.upgrade() else { return };
-        let is_failing = shared.retry_at.lock().is_some();
         if shared.core.lock().is_closed {
-            if !is_failing {
-                return;
-            }
-            // Whoever closes waits for a commit that was put off.
-            shared.db.nudge();
-            continue;
+            return;
         }
         ticks += 1;
         let now_ms = Timestamp::now().as_millis();
@@ -55,10 +49,6 @@ fn run(weak: &Weak<Shared>) {
             forget_own_ids(&shared, now_ms);
         }
         chores::step(&shared);
-        // A commit that failed is tried again.
-        if is_failing {
-            shared.db.nudge();
-        }
     }
 }
 
