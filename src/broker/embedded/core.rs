@@ -88,6 +88,8 @@ pub(super) struct Core {
     pub(super) durable: u64,
     /// The last window failed: pipelines move nothing on until what is left of it is durable.
     is_failing: bool,
+    /// Queues that may have to be read from disk; see [`Core::want_load`].
+    wanting: Vec<u32>,
     pub(super) dedup: Dedup,
     hot_bytes: usize,
     evict_hand: u32,
@@ -132,6 +134,7 @@ impl Core {
             flushing_wake: Vec::new(),
             durable: 0,
             is_failing: false,
+            wanting: Vec::new(),
             dedup,
             hot_bytes: 0,
             evict_hand: 0,
@@ -770,8 +773,26 @@ impl Core {
 
     // ---- pages
 
-    /// Asks for what is missing at the front of a queue, unless it is being read already.
+    /// Asks for what is missing at the front of a queue. Looked at when the lock is released, so that what comes back
+    /// together is read together.
     pub(super) fn want_load(&mut self, queue_id: u32) {
+        if self.wanting.last() != Some(&queue_id) {
+            self.wanting.push(queue_id);
+        }
+    }
+
+    fn begin_loads(&mut self) {
+        let mut wanting = std::mem::take(&mut self.wanting);
+        wanting.sort_unstable();
+        wanting.dedup();
+        for queue_id in wanting.drain(..) {
+            self.begin_load(queue_id);
+        }
+        self.wanting = wanting;
+    }
+
+    /// Has what is missing at the front of a queue read, unless that is under way.
+    fn begin_load(&mut self, queue_id: u32) {
         /// Slots below which a queue that is being read wants a page.
         const LOW: usize = SLOTS_MAX / 2;
         /// Bodies read back for one load at most.
@@ -1084,6 +1105,7 @@ impl Core {
 
     /// What is to be done once the lock is released.
     pub(super) fn take_after(&mut self) -> After {
+        self.begin_loads();
         self.after.nudge = self.flushing == 0 && !self.open.is_empty();
         std::mem::take(&mut self.after)
     }

@@ -334,3 +334,25 @@ async fn limits_bury_the_oldest_and_replay_brings_them_back() {
         bench.db.read(|c| c.query_row("SELECT count(*) FROM body", [], |r| r.get(0))).await.expect("counts");
     assert_eq!(bodies, 0);
 }
+
+#[actix_rt::test]
+async fn what_comes_back_together_is_pulled_together() {
+    let bench = Bench::new().await;
+    let a = bench.client("a", &["t"]).await;
+    let batch = (0..2).map(|n| message(&a, None, "t", n, 10)).collect();
+    bench.broker.publish(&Queue::Outbox(a.clone()), batch).await.expect("publishes");
+    bench.forward(Queue::Outbox(a.clone()), Target::Publish, 2).await;
+    bench.forward(Queue::Publish, Target::Topic, 2).await;
+    let mut leased = Vec::new();
+    while leased.len() < 2 {
+        leased.extend(bench.pull(&a, PullMode::Lease(Duration::from_secs(600))).await);
+    }
+    // Their bodies are on disk alone now; both are read before the first is handed out again.
+    let receipts = leased.into_iter().filter_map(|pulled| pulled.receipt).collect();
+    bench.broker.settle_pulled(&a, receipts, PullOutcome::Nack(None)).await.expect("gives back");
+    let again = bench.pull(&a, PullMode::Lease(Duration::from_millis(20))).await;
+    assert_eq!(again.iter().map(|pulled| number(&pulled.message)).collect::<Vec<_>>(), [0, 1]);
+    // The same when their lease ends.
+    let again = bench.pull(&a, PullMode::Auto).await;
+    assert_eq!(again.iter().map(|pulled| number(&pulled.message)).collect::<Vec<_>>(), [0, 1]);
+}
