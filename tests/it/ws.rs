@@ -293,6 +293,29 @@ async fn a_message_that_is_too_long_is_refused_and_a_frame_that_is_closes() {
 }
 
 #[actix_rt::test]
+async fn frames_are_as_long_as_requests_may_be() {
+    let mut app = with(&[]).await;
+    let a = app.onboard("a", &["x"]).await;
+    let (mut socket, mut other) = (Socket::open(&a).await, Socket::open(&a).await);
+    // With its quotes, exactly the longest message.
+    let longest = "y".repeat((1 << 20) - 2);
+    let send = |message: &str| json!({"type": "send", "topic": "x", "message": message}).to_string();
+    // Side by side: none has to wait for the end of the other's connection.
+    for socket in [&mut socket, &mut other] {
+        socket.send_text(&send(&longest)).await;
+    }
+    for socket in [&mut socket, &mut other] {
+        assert_eq!(socket.next().await["type"], "accepted");
+    }
+    let four = json!({"type": "send", "messages": vec![json!({"topic": "x", "message": longest}); 4]});
+    assert_eq!(socket.ask(four).await["type"], "accepted");
+    socket.refused(&send(&"y".repeat((1 << 20) - 1)), 413, "too_large").await;
+    assert_eq!(a.receive_exactly(6, "").await[5]["message"], json!(longest));
+    socket.send_text(&send(&"y".repeat(17 << 20))).await;
+    assert_eq!(socket.closed().await, 1009);
+}
+
+#[actix_rt::test]
 async fn the_rate_of_a_client_holds_on_a_socket_too() {
     let mut app = with(&[]).await;
     let a = app.onboard_with(json!({"client_id": "a", "limits": {"send_per_s": 2}})).await;

@@ -86,10 +86,14 @@ struct Members<'a> {
 /// # Errors
 /// With everything that is wrong in it.
 pub(super) fn read(text: &str) -> Result<(Option<Box<RawValue>>, Frame), Refused> {
-    let members: Members<'_> = serde_json::from_str(text).map_err(|error| {
-        let problem = if error.is_data() { only(&error.to_string()) } else { not_json(&error) };
-        Refused { reference: None, problem }
-    })?;
+    let refused = |problem| Refused { reference: None, problem };
+    // An array would be read as the members in their order.
+    if !text.trim_start().starts_with('{') {
+        let read = serde_json::from_str::<serde::de::IgnoredAny>(text);
+        return Err(refused(read.map_or_else(|error| not_json(&error), |_| only("must be a JSON object"))));
+    }
+    let members: Members<'_> = serde_json::from_str(text)
+        .map_err(|error| refused(if error.is_data() { only("has a member twice") } else { not_json(&error) }))?;
     let mut errors = Errors::default();
     if members.r#ref.is_some_and(|reference| reference.get().len() > REFERENCE_BYTES_MAX) {
         errors.add("/ref", format!("must not be longer than {REFERENCE_BYTES_MAX} bytes"));

@@ -29,19 +29,25 @@ struct Inner {
     client: ClientId,
     /// Bytes that were read since the last whole frame.
     pending: Cell<usize>,
-    rooms: RefCell<Vec<BodyRoom>>,
+    room: RefCell<Option<Room>>,
+}
+
+/// What a growing frame holds, and how long it may get on it.
+struct Room {
+    bytes: usize,
+    room: BodyRoom,
 }
 
 impl Intake {
     pub(super) fn new(budget: Arc<Budget>, client: ClientId) -> Self {
-        let inner = Inner { budget, client, pending: Cell::new(0), rooms: RefCell::default() };
+        let inner = Inner { budget, client, pending: Cell::new(0), room: RefCell::default() };
         Self { inner: Rc::new(inner) }
     }
 
     /// A frame is whole: the room that it took is the caller's now, to be held for as long as the frame is.
-    pub(super) fn take_rooms(&self) -> Vec<BodyRoom> {
+    pub(super) fn take_room(&self) -> Option<BodyRoom> {
         self.inner.pending.set(0);
-        self.inner.rooms.take()
+        self.inner.room.take().map(|held| held.room)
     }
 
     /// The payload, waiting for room where a frame needs it.
@@ -62,19 +68,19 @@ impl Inner {
     async fn admit(&self, bytes: usize) -> Result<(), PayloadError> {
         let pending = self.pending.get() + bytes;
         self.pending.set(pending);
-        let rooms = self.rooms.borrow().len();
-        let needed = match pending {
-            0..=FREE_BYTES => return Ok(()),
-            _ if pending <= FIRST_ROOM_BYTES => (rooms < 1).then_some(FIRST_ROOM_BYTES),
-            // As much as the longest frame takes.
-            _ => (rooms < 2).then_some(usize::MAX),
-        };
-        if let Some(needed) = needed {
-            let room = self.budget.body(&self.client, needed).await;
-            self.rooms.borrow_mut().push(room.map_err(|problem| {
-                PayloadError::Io(std::io::Error::new(std::io::ErrorKind::OutOfMemory, problem.to_string()))
-            })?);
+        let held = self.room.borrow().as_ref().map_or(FREE_BYTES, |room| room.bytes);
+        if pending <= held {
+            return Ok(());
         }
+        // Most never need more than the first; the second is as much as the longest frame takes.
+        let bytes = if pending <= FIRST_ROOM_BYTES { FIRST_ROOM_BYTES } else { usize::MAX };
+        // Given back before more is asked for: two frames that each hold some would wait for one another, and a frame that
+        // takes the client's whole share for itself.
+        self.room.take();
+        let room = self.budget.body(&self.client, bytes).await.map_err(|problem| {
+            PayloadError::Io(std::io::Error::new(std::io::ErrorKind::OutOfMemory, problem.to_string()))
+        })?;
+        self.room.replace(Some(Room { bytes, room }));
         Ok(())
     }
 }
@@ -88,11 +94,29 @@ mod tests {
         let client = ClientId::parse("a").expect("test client");
         let intake = Intake::new(Arc::new(Budget::new(16 << 20)), client);
         intake.inner.admit(FREE_BYTES).await.expect("free");
-        assert!(intake.inner.rooms.borrow().is_empty());
+        assert!(intake.inner.room.borrow().is_none());
         intake.inner.admit(1).await.expect("there is room");
         intake.inner.admit(1).await.expect("there is room");
-        assert_eq!(intake.take_rooms().len(), 1);
+        assert!(intake.take_room().is_some());
         intake.inner.admit(FREE_BYTES).await.expect("free again");
-        assert!(intake.take_rooms().is_empty());
+        assert!(intake.take_room().is_none());
+    }
+
+    #[actix_rt::test]
+    async fn frames_that_grow_to_the_greatest_length_side_by_side_take_turns() {
+        let client = ClientId::parse("a").expect("test client");
+        let budget = Arc::new(Budget::new(16 << 20));
+        let grow = async || {
+            let intake = Intake::new(Arc::clone(&budget), client.clone());
+            for _ in 0..16 {
+                intake.inner.admit(1 << 20).await.expect("there is room in turn");
+                // The others come as far.
+                tokio::task::yield_now().await;
+            }
+            drop(intake.take_room().expect("it held some"));
+        };
+        let began = std::time::Instant::now();
+        futures_util::join!(grow(), grow(), grow());
+        assert!(began.elapsed() < std::time::Duration::from_secs(5), "nobody waited for itself or another");
     }
 }

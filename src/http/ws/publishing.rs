@@ -35,7 +35,7 @@ pub(super) struct Waiting {
     /// Length of the frame.
     pub(super) bytes: usize,
     /// Held until the broker has answered.
-    pub(super) rooms: Vec<BodyRoom>,
+    pub(super) room: Option<BodyRoom>,
     pub(super) permit: SendPermit,
 }
 
@@ -44,7 +44,7 @@ struct Sent {
     reference: Option<Box<RawValue>>,
     messages: usize,
     ids: String,
-    _rooms: Vec<BodyRoom>,
+    _room: Option<BodyRoom>,
     _permit: SendPermit,
 }
 
@@ -120,7 +120,7 @@ impl Publishing {
                 reference: next.reference,
                 messages: next.checked.messages.len(),
                 ids: next.checked.ids,
-                _rooms: next.rooms,
+                _room: next.room,
                 _permit: next.permit,
             });
             if messages.is_empty() {

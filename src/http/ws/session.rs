@@ -283,16 +283,16 @@ impl Session {
         let Some(message) = message else { return Some(End::Gone) };
         match message {
             Ok(AggregatedMessage::Text(text)) => {
-                let rooms = self.intake.take_rooms();
+                let room = self.intake.take_room();
                 let text: Bytes = text.into_bytes();
-                match self.obey(&text, rooms).await {
+                match self.obey(&text, room).await {
                     Ok(()) => {}
                     Err(Refused { reference, problem }) => self.refuse(reference.as_deref(), &problem),
                 }
                 None
             }
             Ok(AggregatedMessage::Binary(_)) => {
-                drop(self.intake.take_rooms());
+                drop(self.intake.take_room());
                 self.refuse(
                     None,
                     &Problem::new(Code::UnsupportedMediaType, "send text frames: each is one JSON object"),
@@ -310,7 +310,7 @@ impl Session {
     }
 
     /// Carries out a frame.
-    async fn obey(&mut self, text: &Bytes, rooms: Vec<crate::http::budget::BodyRoom>) -> Result<(), Refused> {
+    async fn obey(&mut self, text: &Bytes, room: Option<crate::http::budget::BodyRoom>) -> Result<(), Refused> {
         let (reference, frame) = frame::read(
             std::str::from_utf8(text)
                 .map_err(|_| Refused { reference: None, problem: Problem::invalid_json("the frame is not UTF-8") })?,
@@ -320,7 +320,7 @@ impl Session {
                 match self.check(kind, text, several.as_deref(), traceparent).await {
                     Ok((checked, permit)) => {
                         let bytes = text.len();
-                        self.publishing.push(Waiting { reference, kind, checked, bytes, rooms, permit });
+                        self.publishing.push(Waiting { reference, kind, checked, bytes, room, permit });
                         Ok(())
                     }
                     Err(problem) => Err(Refused { reference, problem }),
