@@ -96,13 +96,34 @@ impl std::fmt::Debug for SaltedHash {
     }
 }
 
-/// The secrets that are valid: the current one and, during a rotation's overlap, the one before.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Secrets before the previous one that may still be valid; a rotation beyond that ends the oldest early.
+const EARLIER_MAX: usize = 7;
+
+/// What was valid before a rotation and stays so beyond it, newest first: each until the time that it was promised. A
+/// rotation without an overlap, which is how a leaked secret is ended, ends all.
+fn still_valid<T: Clone>(
+    previous: Option<&(T, i64)>,
+    earlier: &[(T, i64)],
+    now: Timestamp,
+    previous_valid_until: Timestamp,
+) -> Vec<(T, i64)> {
+    if previous_valid_until <= now {
+        return Vec::new();
+    }
+    let is_valid = |(_, until): &&(T, i64)| now.as_millis() < *until;
+    previous.into_iter().chain(earlier).filter(is_valid).take(EARLIER_MAX).cloned().collect()
+}
+
+/// The secrets that are valid: the current one and, during a rotation's overlap, those before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SecretSlots {
     /// The newest.
     pub current: SecretHash,
-    /// The one before, until when.
+    /// The one before, and until when in milliseconds since the epoch.
     pub previous: Option<(SecretHash, i64)>,
+    /// Those before that, whose overlap had not ended when there was another rotation.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier: Vec<(SecretHash, i64)>,
     /// The newest, for a broker with users of its own. `None` for a client that an earlier version made, until its next
     /// rotation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -115,51 +136,57 @@ impl SecretSlots {
         Self {
             current: SecretHash::of(secret.reveal()),
             previous: None,
+            earlier: Vec::new(),
             broker_password: Some(SaltedHash::of(secret.reveal())),
         }
     }
 
     /// Slots for a client that does not exist: [`SecretSlots::verify`] refuses everything in the same time.
     pub const fn nobody() -> Self {
-        Self { current: SecretHash::nobody(), previous: None, broker_password: None }
+        Self { current: SecretHash::nobody(), previous: None, earlier: Vec::new(), broker_password: None }
     }
 
-    /// A new current secret; the one before stays valid until `previous_valid_until`.
+    /// A new current secret; the one before stays valid until `previous_valid_until`, and what is still valid of those
+    /// before as long as it was promised, unless there is no overlap.
     #[must_use]
-    pub fn rotated(&self, secret: &Secret, previous_valid_until: Timestamp) -> Self {
+    pub fn rotated(&self, secret: &Secret, now: Timestamp, previous_valid_until: Timestamp) -> Self {
         Self {
             current: SecretHash::of(secret.reveal()),
             previous: Some((self.current, previous_valid_until.as_millis())),
+            earlier: still_valid(self.previous.as_ref(), &self.earlier, now, previous_valid_until),
             broker_password: Some(SaltedHash::of(secret.reveal())),
         }
     }
 
-    /// Whether `secret` is valid at `now`. Compares with both slots in any case, in constant time.
+    /// Whether `secret` is valid at `now`. Compares with all of them in any case, each in constant time.
     pub fn verify(&self, secret: &str, now: Timestamp) -> bool {
         let hash = SecretHash::of(secret);
         let (previous, until) = self.previous.unwrap_or((SecretHash::nobody(), i64::MIN));
-        let current_fits = self.current.matches(&hash);
-        let previous_fits = previous.matches(&hash) & (now.as_millis() < until);
-        current_fits | previous_fits
+        let fits = |(slot, until): &(SecretHash, i64)| slot.matches(&hash) & (now.as_millis() < *until);
+        let earlier_fits = self.earlier.iter().fold(false, |fitted, slot| fitted | fits(slot));
+        self.current.matches(&hash) | fits(&(previous, until)) | earlier_fits
     }
 }
 
 /// First characters of a webhook secret (Standard Webhooks).
 const WEBHOOK_SECRET_PREFIX: &str = "whsec_";
 
-/// The secrets that sign a client's webhooks: the current one and, during a rotation's overlap, the one before. Each is
+/// The secrets that sign a client's webhooks: the current one and, during a rotation's overlap, those before. Each is
 /// `whsec_` and base64 of 32 random bytes.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WebhookSecrets {
     current: String,
     /// The one before, and until when in milliseconds since the epoch.
     previous: Option<(String, i64)>,
+    /// Those before that, whose overlap had not ended when there was another rotation.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    earlier: Vec<(String, i64)>,
 }
 
 impl WebhookSecrets {
     /// Fresh ones.
     pub fn generate() -> Self {
-        Self { current: generate_webhook_secret(), previous: None }
+        Self { current: generate_webhook_secret(), previous: None, earlier: Vec::new() }
     }
 
     /// The current secret, to be shown once.
@@ -167,19 +194,21 @@ impl WebhookSecrets {
         &self.current
     }
 
-    /// A new current secret; the one before signs as well until `previous_valid_until`.
+    /// A new current secret; the one before signs as well until `previous_valid_until`, and what still signs of those
+    /// before as long as it was promised, unless there is no overlap.
     #[must_use]
-    pub fn rotated(&self, previous_valid_until: Timestamp) -> Self {
+    pub fn rotated(&self, now: Timestamp, previous_valid_until: Timestamp) -> Self {
         Self {
             current: generate_webhook_secret(),
             previous: Some((self.current.clone(), previous_valid_until.as_millis())),
+            earlier: still_valid(self.previous.as_ref(), &self.earlier, now, previous_valid_until),
         }
     }
 
     /// The secrets that sign at `now`, newest first.
     pub fn valid_at(&self, now: Timestamp) -> impl Iterator<Item = &str> {
-        let previous = self.previous.as_ref().filter(|(_, until)| now.as_millis() < *until);
-        std::iter::once(self.current.as_str()).chain(previous.map(|(secret, _)| secret.as_str()))
+        let before = self.previous.iter().chain(&self.earlier).filter(move |(_, until)| now.as_millis() < *until);
+        std::iter::once(self.current.as_str()).chain(before.map(|(secret, _)| secret.as_str()))
     }
 }
 
@@ -249,12 +278,41 @@ mod tests {
     #[test]
     fn previous_secret_is_valid_until_its_time() {
         let (old, new) = (Secret::generate(), Secret::generate());
-        let slots = SecretSlots::new(&old).rotated(&new, Timestamp::from_millis(1000));
+        let slots = SecretSlots::new(&old).rotated(&new, Timestamp::from_millis(0), Timestamp::from_millis(1000));
         assert!(slots.verify(new.reveal(), Timestamp::from_millis(5000)));
         assert!(slots.verify(old.reveal(), Timestamp::from_millis(999)));
         assert!(!slots.verify(old.reveal(), Timestamp::from_millis(1000)));
         assert!(!slots.verify("", Timestamp::from_millis(0)));
         assert!(!SecretSlots::nobody().verify("", Timestamp::from_millis(0)));
+    }
+
+    #[test]
+    fn another_rotation_keeps_what_the_one_before_promised() {
+        let [first, second, third, fourth] = std::array::from_fn(|_| Secret::generate());
+        let at = Timestamp::from_millis;
+        let once = SecretSlots::new(&first).rotated(&second, at(0), at(1000));
+        let twice = once.rotated(&third, at(10), at(500));
+        let valid = |slots: &SecretSlots, now| {
+            [&first, &second, &third, &fourth].map(|secret| slots.verify(secret.reveal(), at(now)))
+        };
+        assert_eq!(valid(&twice, 499), [true, true, true, false]);
+        assert_eq!(valid(&twice, 500), [true, false, true, false]);
+        assert_eq!(valid(&twice, 1000), [false, false, true, false]);
+        // Without an overlap all that was before has ended.
+        assert_eq!(valid(&twice.rotated(&fourth, at(20), at(20)), 20), [false, false, false, true]);
+        // What has ended is not kept.
+        assert!(twice.rotated(&fourth, at(2000), at(3000)).earlier.is_empty());
+        let json = serde_json::to_value(&twice).expect("serialises");
+        assert_eq!(serde_json::from_value::<SecretSlots>(json).expect("reads"), twice);
+    }
+
+    #[test]
+    fn rotations_without_end_keep_a_few_secrets() {
+        let mut secrets = WebhookSecrets::generate();
+        for n in 0..20 {
+            secrets = secrets.rotated(Timestamp::from_millis(n), Timestamp::from_millis(1000));
+        }
+        assert_eq!(secrets.valid_at(Timestamp::from_millis(20)).count(), 2 + EARLIER_MAX);
     }
 
     #[test]
@@ -272,7 +330,7 @@ mod tests {
     #[test]
     fn slots_of_an_earlier_version_are_read() {
         let slots = SecretSlots::new(&Secret::generate());
-        let mut json = serde_json::to_value(slots).expect("serialises");
+        let mut json = serde_json::to_value(&slots).expect("serialises");
         assert_eq!(serde_json::from_value::<SecretSlots>(json.clone()).expect("reads"), slots);
         json.as_object_mut().expect("an object").remove("broker_password");
         let earlier: SecretSlots = serde_json::from_value(json).expect("reads");
@@ -289,7 +347,7 @@ mod tests {
     #[test]
     fn both_webhook_secrets_sign_during_the_overlap() {
         let old = WebhookSecrets::generate();
-        let new = old.rotated(Timestamp::from_millis(1000));
+        let new = old.rotated(Timestamp::from_millis(0), Timestamp::from_millis(1000));
         assert!(new.current().starts_with("whsec_") && new.current().len() == 6 + 44, "{}", new.current());
         let at = |millis| new.valid_at(Timestamp::from_millis(millis)).collect::<Vec<_>>();
         assert_eq!(at(999), [new.current(), old.current()]);

@@ -114,7 +114,8 @@ impl Call {
         match credentials {
             Credentials::Client { id, secret } => {
                 let entry = state.directory.get(id);
-                let slots = entry.as_ref().map_or(SecretSlots::nobody(), |entry| entry.secrets);
+                let nobody = SecretSlots::nobody();
+                let slots = entry.as_ref().map_or(&nobody, |entry| &entry.secrets);
                 let fits = slots.verify(secret, now);
                 entry.filter(|_| fits).map(Who::Client)
             }

@@ -186,17 +186,18 @@ pub(super) async fn rotate(core: Rc<Core>, request: RotateSecret) -> Result<Rota
     core.check_open()?;
     let mut stored = core.stored(&id)?;
     let old_password = stored.secrets.broker_password;
-    let previous_valid_until = Timestamp::now().plus_millis(i64::from(request.overlap_s) * 1000);
+    let now = Timestamp::now();
+    let previous_valid_until = now.plus_millis(i64::from(request.overlap_s) * 1000);
     let secret = match request.kind {
         SecretKind::Client => {
             let secret = Secret::generate();
-            stored.secrets = stored.secrets.rotated(&secret, previous_valid_until);
+            stored.secrets = stored.secrets.rotated(&secret, now, previous_valid_until);
             secret.reveal().to_owned()
         }
         SecretKind::Webhook => {
             let Some(webhook) = &mut stored.record.webhook else { return Err(RegistryError::NoWebhook(id)) };
             let secrets = match &stored.webhook_secrets {
-                Some(present) => present.rotated(previous_valid_until),
+                Some(present) => present.rotated(now, previous_valid_until),
                 None => WebhookSecrets::generate(),
             };
             if webhook.disabled_reason.as_deref() == Some(SECRET_UNREADABLE) {

@@ -190,7 +190,7 @@ impl Core {
     pub(super) fn stored(&self, id: &ClientId) -> Result<StoredClient, RegistryError> {
         let client = self.with(id, |client| StoredClient {
             record: client.entry.record.clone(),
-            secrets: client.entry.secrets,
+            secrets: client.entry.secrets.clone(),
             incarnation: client.entry.incarnation,
             webhook_secrets: client.webhook_secrets.as_ref().map(|secrets| secrets.read().clone()),
         });
