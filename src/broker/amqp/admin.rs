@@ -208,12 +208,14 @@ impl Shared {
     /// Declares all that there should be: before messages flow in a new session.
     pub(super) async fn declare_everything(self: &Arc<Self>, session: &Arc<Session>) -> Result<(), BrokerError> {
         let kind = self.options.queue_type;
+        let quorum: &[&str] = if kind == QueueType::Quorum { &[topology::PUBLISH, topology::UNROUTED] } else { &[] };
+        for name in quorum {
+            self.note_own(session, name).await?;
+        }
         let internal = session.control(async |channel| topology::declare_internal(channel, kind).await).await;
         internal.map_err(|error| broker_error("declare the backbone's own queues and exchanges", error))?;
-        if kind == QueueType::Quorum {
-            for name in [topology::PUBLISH, topology::UNROUTED] {
-                self.seal_own(session, name, Own::Internal(kind)).await?;
-            }
+        for name in quorum {
+            self.seal_own(session, name, Own::Internal(kind)).await?;
         }
         // One whose deletion is not finished yet is to have nothing again.
         let clients: Vec<_> = self.clients.all().into_iter().filter(|client| !client.is_gone()).collect();

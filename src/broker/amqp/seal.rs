@@ -5,7 +5,8 @@
 //! table with `auto_save`). A node that is killed before comes back with a queue that can be declared and never
 //! answers. So a client counts as created only when one more queue has been registered after its own: the seal, which
 //! is deleted at once. All creations that wait share one. The same holds for the backbone's own queues, before anything
-//! is put into them: `soar-publish`, and each retry queue.
+//! is put into them: `soar-publish`, and each retry queue. That their making has begun is noted, so that one whose making
+//! was cut off by a kill is known to be empty, and is made anew at once when it does not answer.
 //!
 //! RabbitMQ 4 has another Ra, which need not have this weakness; a seal costs a few milliseconds there as well.
 
@@ -17,7 +18,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::Shared;
-use super::error::{broker_error, db_error};
+use super::error::{Fault, broker_error, db_error, fault_of};
 use super::session::Session;
 use super::{state, topology};
 use crate::broker::BrokerError;
@@ -101,6 +102,22 @@ impl Shared {
         }
     }
 
+    /// To be called before a quorum queue that belongs to no client is declared, and then [`Shared::seal_own`].
+    pub(super) async fn note_own(&self, session: &Session, name: &str) -> Result<(), BrokerError> {
+        let action = || format!("look for queue {name}");
+        if state::is_sealed(&self.db, name).await.map_err(|error| db_error(action(), error))? {
+            return Ok(());
+        }
+        match session.control(async |channel| topology::check_queue(channel, name).await).await {
+            // It may be of a router whose file is lost, and hold messages.
+            Ok(()) => Ok(()),
+            Err(error) if fault_of(&error) == Fault::NotFound => {
+                state::note_making(&self.db, name).await.map_err(|error| db_error(action(), error))
+            }
+            Err(error) => Err(broker_error(action(), error)),
+        }
+    }
+
     /// Sees to it that a quorum queue that belongs to no client, and was just declared, would survive a kill: once for
     /// all.
     pub(super) async fn seal_own(&self, session: &Session, name: &str, of: Own) -> Result<(), BrokerError> {
@@ -108,7 +125,9 @@ impl Shared {
         if state::is_sealed(&self.db, name).await.map_err(|error| db_error(action(), error))? {
             return Ok(());
         }
-        if !answers_soon(session, name).await {
+        let is_empty = state::is_making(&self.db, name).await.map_err(|error| db_error(action(), error))?;
+        let patience = if is_empty { Duration::ZERO } else { ANSWERS_WITHIN };
+        if !answers_within(session, name, patience).await {
             log::warn!("queue {name} does not answer since RabbitMQ was killed while it was made; it is made again");
             let again = session.control(async |channel| {
                 topology::delete_queue(channel, name).await?;
@@ -137,6 +156,7 @@ impl Shared {
         let name = topology::retry(seconds);
         let noted = state::note_retry(&self.db, seconds).await;
         noted.map_err(|error| db_error(format!("note queue {name}"), error))?;
+        self.note_own(session, &name).await?;
         let declared = session.control(async |channel| topology::declare_retry(channel, seconds).await).await;
         declared.map_err(|error| broker_error(format!("declare queue {name}"), error))?;
         self.seal_own(session, &name, Own::Retry(seconds)).await?;
@@ -169,9 +189,9 @@ impl Shared {
     }
 }
 
-/// Whether a queue answers within a minute: one that is there and has no leader for a moment may hold messages.
-async fn answers_soon(session: &Session, name: &str) -> bool {
-    let until = Instant::now() + ANSWERS_WITHIN;
+/// Whether a queue answers, asked again for that long: one that has no leader for a moment may hold messages.
+async fn answers_within(session: &Session, name: &str, patience: Duration) -> bool {
+    let until = Instant::now() + patience;
     while !session.answers(name).await {
         if !session.is_alive() || Instant::now() >= until {
             return !session.is_alive();

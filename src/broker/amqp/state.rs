@@ -40,6 +40,10 @@ CREATE TABLE IF NOT EXISTS amqp_delayed (
 CREATE TABLE IF NOT EXISTS amqp_sealed (
     queue TEXT PRIMARY KEY
 ) WITHOUT ROWID;
+-- Those that are being made for the first time: nothing was ever put into them.
+CREATE TABLE IF NOT EXISTS amqp_making (
+    queue TEXT PRIMARY KEY
+) WITHOUT ROWID;
 -- Retry queues that were ever declared.
 CREATE TABLE IF NOT EXISTS amqp_retry (seconds INTEGER PRIMARY KEY);
 -- Stand-ins for inboxes that are gone while something is delayed for them.
@@ -152,7 +156,28 @@ pub(super) async fn note_queue_sealed(db: &Db, queue: &str) -> Result<(), DbErro
     let queue = queue.to_owned();
     db.write(move |connection| {
         connection.prepare_cached("INSERT OR IGNORE INTO amqp_sealed (queue) VALUES (?1)")?.execute([&queue])?;
+        connection.prepare_cached("DELETE FROM amqp_making WHERE queue = ?1")?.execute([&queue])?;
         Ok(())
+    })
+    .await
+}
+
+/// Notes that a queue that is not there is about to be made.
+pub(super) async fn note_making(db: &Db, queue: &str) -> Result<(), DbError> {
+    let queue = queue.to_owned();
+    db.write(move |connection| {
+        connection.prepare_cached("INSERT OR IGNORE INTO amqp_making (queue) VALUES (?1)")?.execute([&queue])?;
+        Ok(())
+    })
+    .await
+}
+
+/// Whether a queue's making has begun and did not come to its end.
+pub(super) async fn is_making(db: &Db, queue: &str) -> Result<bool, DbError> {
+    let queue = queue.to_owned();
+    db.read(move |connection| {
+        let mut select = connection.prepare_cached("SELECT EXISTS (SELECT 1 FROM amqp_making WHERE queue = ?1)")?;
+        select.query_row([&queue], |row| row.get(0))
     })
     .await
 }

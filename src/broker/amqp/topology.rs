@@ -219,6 +219,12 @@ pub(super) async fn declare_stand_in(channel: &Channel, client: &ClientId, expir
     declare(channel, &inbox(client), arguments).await
 }
 
+/// Fails when there is no such queue.
+pub(super) async fn check_queue(channel: &Channel, name: &str) -> Result<(), lapin::Error> {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+    channel.queue_declare(short(name), options, FieldTable::default()).await.map(drop)
+}
+
 /// RabbitMQ waits this long for the leader of a quorum queue to say how many messages it has, and then says that there
 /// are none. A little less, to be on the safe side.
 const LEADER_ANSWERS_WITHIN: Duration = Duration::from_millis(200);
