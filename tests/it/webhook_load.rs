@@ -175,7 +175,7 @@ broker_tests! {
         let (count, wait_s) = match (is_full_size(), kind.is_rabbitmq()) {
             (true, _) => (125_000, 240),
             (false, false) => (4000, 8),
-            (false, true) => (2000, 8),
+            (false, true) => (1000, 8),
         };
         let mut app = TestApp::start(*kind).await;
         // How often each came that fails the first time.

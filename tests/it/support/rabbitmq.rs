@@ -22,13 +22,14 @@ use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::Signal;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::process;
 use super::wait::eventually;
 
-/// Where the Debian package has its programs.
+/// Where the Debian package has its programs. `BACKBONE_TEST_RABBITMQ_PROGRAMS` names the directory of another version.
 const PROGRAMS: &str = "/usr/lib/rabbitmq/bin";
 /// How long a node may take to start. A few seconds on an idle machine.
 const START: Duration = Duration::from_secs(90);
@@ -73,6 +74,22 @@ fn spawn_epmd(directory: &Path, addresses: &[Ipv4Addr]) -> (u16, Child) {
     command.env("ERL_EPMD_RELAXED_COMMAND_CHECK", "1");
     command.process_group(0).stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log);
     (port, command.spawn().expect("epmd starts: is rabbitmq-server installed?"))
+}
+
+/// Starts a process that stays on one CPU of those that this thread may use: number `number`, counted round.
+///
+/// Erlang's scheduler and its threads for files wake each other for each module that is loaded. Across CPUs that takes
+/// more than half of the time in which a node starts.
+fn on_one_cpu<T>(number: u32, start: impl FnOnce() -> T) -> T {
+    let all = sched_getaffinity(None).expect("a thread knows its CPUs");
+    let allowed: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).collect();
+    let mut one = CpuSet::new();
+    one.set(allowed[number as usize % allowed.len()]);
+    // A process inherits this from the thread that starts it.
+    sched_setaffinity(None, &one).expect("a thread may choose among its CPUs");
+    let started = start();
+    sched_setaffinity(None, &all).expect("a thread may go back to its CPUs");
+    started
 }
 
 /// A loopback address that no other node of any test has.
@@ -193,7 +210,10 @@ impl Node {
     }
 
     fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(Path::new(PROGRAMS).join(program));
+        #[expect(clippy::disallowed_methods, reason = "whoever runs the tests chooses the version")]
+        let named = std::env::var_os("BACKBONE_TEST_RABBITMQ_PROGRAMS");
+        let programs = named.map_or_else(|| PathBuf::from(PROGRAMS), PathBuf::from);
+        let mut command = Command::new(programs.join(program));
         let address = self.address;
         let path = |name: &str| self.directory.join(name);
         let tuple = address.to_string().replace('.', ",");
@@ -239,7 +259,8 @@ impl Node {
         let mut command = self.command("rabbitmq-server");
         // Out of the test's process group: a shared node outlives its test.
         command.process_group(0).stdout(output.try_clone().expect("a second handle")).stderr(output);
-        self.child = Some(command.spawn().expect("rabbitmq-server starts: is it installed?"));
+        let child = on_one_cpu(u32::from(self.address), || command.spawn());
+        self.child = Some(child.expect("rabbitmq-server starts: is it installed?"));
     }
 
     /// Waits until it takes connections, and its management answers.
@@ -296,7 +317,8 @@ impl Node {
         let mut command = self.command("rabbitmqctl");
         command.args(["--longnames", "-n", &self.name()]).args(arguments);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let run = actix_rt::task::spawn_blocking(move || command.output());
+        let number = u32::from(self.address);
+        let run = actix_rt::task::spawn_blocking(move || on_one_cpu(number, || command.output()));
         let Output { status, stdout, stderr } = run.await.expect("does not panic").expect("rabbitmqctl starts");
         let said = String::from_utf8_lossy(&stdout).into_owned();
         assert!(status.success(), "rabbitmqctl {arguments:?}: {said}{}", String::from_utf8_lossy(&stderr));
@@ -384,9 +406,7 @@ impl Cluster {
             let peers = format!(
                 "cluster_formation.peer_discovery_backend = classic_config\n\
                  cluster_formation.classic_config.nodes.1 = {peer}\n\
-                 cluster_formation.classic_config.nodes.2 = {own}\n\
-                 cluster_formation.randomized_startup_delay_range.min = 0\n\
-                 cluster_formation.randomized_startup_delay_range.max = 1\n"
+                 cluster_formation.classic_config.nodes.2 = {own}\n"
             );
             let directory = temporary.path().join(address.to_string());
             let mut node = Node::on(Arc::clone(&home), address, &directory, &peers);
