@@ -37,7 +37,11 @@ impl StandingJob for Committer {
         let_pipelines_run(&shared);
         match shared.with_core(super::core::Core::take_window) {
             Some(window) => Turn::Write(Box::new(Flush { shared, window, began: Instant::now() })),
-            None => Turn::Nothing,
+            None => {
+                // Nothing is left of what failed: all of it was refused.
+                *shared.retry_at.lock() = None;
+                Turn::Nothing
+            }
         }
     }
 }

@@ -356,3 +356,28 @@ async fn what_comes_back_together_is_pulled_together() {
     let again = bench.pull(&a, PullMode::Auto).await;
     assert_eq!(again.iter().map(|pulled| number(&pulled.message)).collect::<Vec<_>>(), [0, 1]);
 }
+
+#[actix_rt::test]
+async fn what_was_deleted_goes_although_the_last_commit_failed() {
+    let bench = Bench::new().await;
+    let (a, b) = (bench.client("a", &[]).await, bench.client("b", &["t"]).await);
+    let waits = vec![message(&b, None, "t", 0, 10)];
+    bench.broker.publish(&Queue::Outbox(b.clone()), waits).await.expect("there is room");
+    cap_file(&bench.db, Some(0)).await;
+    let outbox = Queue::Outbox(a.clone());
+    for n in 0.. {
+        let batch = (0..10).map(|i| message(&a, None, "t", n * 10 + i, 2000)).collect();
+        let Err(error) = bench.broker.publish(&outbox, batch).await else { continue };
+        assert_eq!(error.kind, crate::broker::BrokerErrorKind::DiskFull);
+        break;
+    }
+    cap_file(&bench.db, None).await;
+    // All of what failed was refused: no commit comes by itself. The rows of a deleted queue wait for none.
+    bench.broker.delete_client(&b).await.expect("deletes");
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    let deleted = "SELECT count(*) FROM queue WHERE kind = 'deleted'";
+    while bench.db.read(move |c| c.query_row(deleted, [], |row| row.get::<_, u64>(0))).await.expect("reads") > 0 {
+        assert!(std::time::Instant::now() < deadline, "its rows are still there");
+        tokio::task::yield_now().await;
+    }
+}
