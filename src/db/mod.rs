@@ -113,7 +113,7 @@ pub trait WriteJob: Send {
 /// Who has something to write whenever a transaction begins: the embedded broker's commit window.
 pub trait StandingJob: Send + Sync {
     /// What there is to write now. Called when the jobs of a transaction are known, and run before them; so what a
-    /// job's submitter did before it submitted is written before the job runs.
+    /// job's submitter did before it submitted is written before the job runs, unless it is put off after a failure.
     fn begin(&self) -> Turn;
 }
 
@@ -418,12 +418,13 @@ fn write_loop(
         } else if !open {
             break;
         } else {
-            let until_again = again.map(|at| at.saturating_duration_since(Instant::now()));
-            match jobs.recv_timeout(until_again.unwrap_or_else(|| space.patience())) {
+            let until_again = again.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
+            match jobs.recv_timeout(until_again.min(space.patience())) {
                 Ok(ToWriter::Job(job)) => batch.push(job),
                 Ok(ToWriter::Nudge) | Err(mpsc::RecvTimeoutError::Disconnected) => {}
-                Err(mpsc::RecvTimeoutError::Timeout) if until_again.is_some() => {}
-                Err(mpsc::RecvTimeoutError::Timeout) => space.give_back(connection),
+                // On a full disk too: that may be what makes room for the next try.
+                Err(mpsc::RecvTimeoutError::Timeout) if space.surplus => space.give_back(connection),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
             }
         }
     }

@@ -24,12 +24,17 @@ pub(crate) const LIST_BYTES_MAX: usize = 2 << 20;
 pub(crate) const REQUEST_PER_MESSAGE: usize = 16;
 
 /// How long a body may stand still.
-const CHUNK_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const CHUNK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a body may take in any case, and the slowest it may be after that, in bytes a second. A body that drips holds
 /// its room for a bounded time.
 const BODY_GRACE: Duration = Duration::from_secs(30);
 const BODY_BYTES_PER_S_MIN: u64 = 64 << 10;
+
+/// The longest that so many bytes of a body may take.
+pub(crate) fn slowest(bytes: usize) -> Duration {
+    BODY_GRACE + Duration::from_secs(bytes as u64 / BODY_BYTES_PER_S_MIN)
+}
 
 /// What a body says it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +130,7 @@ impl Body {
         };
         self.read += chunk.len();
         self.check(self.read)?;
-        if self.started.elapsed() > BODY_GRACE + Duration::from_secs(self.read as u64 / BODY_BYTES_PER_S_MIN) {
+        if self.started.elapsed() > slowest(self.read) {
             return Err(too_slow());
         }
         // A body that did not say how long it is may get as long as it may.

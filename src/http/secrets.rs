@@ -27,7 +27,8 @@ pub(crate) struct NewSecret {
 
 /// Rotate a client's secret.
 ///
-/// The one before stays valid for `overlap_s` seconds. Tokens outlive a rotation.
+/// The one before stays valid for `overlap_s` seconds, and earlier ones as long as was promised; 0 ends all but the new
+/// one. Tokens outlive a rotation.
 #[utoipa::path(
     post, path = "/clients/{id}/secret", operation_id = "rotate_secret", tag = "clients",
     params(
@@ -46,7 +47,8 @@ pub(crate) async fn rotate_client(call: Call) -> Answer {
 
 /// Rotate the secret that signs a client's webhooks.
 ///
-/// Deliveries are signed with both for `overlap_s` seconds.
+/// Deliveries are signed with the one before as well for `overlap_s` seconds, and with earlier ones as long as was
+/// promised; 0 ends all but the new one.
 #[utoipa::path(
     post, path = "/clients/{id}/webhook-secret", operation_id = "rotate_webhook_secret", tag = "clients",
     params(

@@ -6,7 +6,7 @@
 //! answers. So a client counts as created only when one more queue has been registered after its own: the seal, which
 //! is deleted at once. All creations that wait share one. The same holds for the backbone's own queues, before anything
 //! is put into them: `soar-publish`, and each retry queue. That their making has begun is noted, so that one whose making
-//! was cut off by a kill is known to be empty, and is made anew at once when it does not answer.
+//! was cut off by a kill is known to be empty, and is made anew as soon as it has had time to find a leader.
 //!
 //! RabbitMQ 4 has another Ra, which need not have this weakness; a seal costs a few milliseconds there as well.
 
@@ -27,6 +27,9 @@ use crate::config::QueueType;
 
 /// How long a queue that may hold messages is asked for an answer before it is taken for one that will never give any.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
+
+/// The same for one that was never used.
+const UNUSED_ANSWERS_WITHIN: Duration = Duration::from_secs(8);
 
 /// After a retry queue was made, the next waits so many times as long as that took: four fifths of the time RabbitMQ has
 /// for messages.
@@ -126,9 +129,9 @@ impl Shared {
             return Ok(());
         }
         let is_empty = state::is_making(&self.db, name).await.map_err(|error| db_error(action(), error))?;
-        let patience = if is_empty { Duration::ZERO } else { ANSWERS_WITHIN };
+        let patience = if is_empty { UNUSED_ANSWERS_WITHIN } else { ANSWERS_WITHIN };
         if !answers_within(session, name, patience).await {
-            log::warn!("queue {name} does not answer since RabbitMQ was killed while it was made; it is made again");
+            log::warn!("queue {name} does not answer, as when RabbitMQ is killed while one is made; it is made again");
             let again = session.control(async |channel| {
                 topology::delete_queue(channel, name).await?;
                 of.declare(channel).await

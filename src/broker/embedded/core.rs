@@ -788,6 +788,7 @@ impl Core {
         for queue_id in wanting.drain(..) {
             self.begin_load(queue_id);
         }
+        wanting.shrink_to(1024);
         self.wanting = wanting;
     }
 

@@ -294,6 +294,7 @@ impl Remove {
 /// Make a new secret
 ///
 /// It is shown now and never again. The one before stays valid for the overlap, so that nobody is cut off.
+/// When it has leaked, `--overlap 0` ends it, and all before, at once.
 #[derive(Debug, Args)]
 pub(crate) struct RotateSecret {
     /// Whose [default: the client given by --as]

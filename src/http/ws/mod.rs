@@ -11,7 +11,8 @@
 //! # Bounds
 //! A connection holds at most one incoming frame of 16 × `SOAR_MAX_MESSAGE_BYTES`, a few sends that wait for the broker,
 //! a few chunks that wait for the peer, and deliveries up to the client's credit and [`UNSETTLED_BYTES`]. A peer that
-//! does not read is not read from and gets nothing; one that is gone is noticed within [`SILENCE_MAX`].
+//! does not read is not read from and gets nothing; one that is gone is noticed within [`SILENCE_MAX`]. Large incoming
+//! frames are within the client's share of [`crate::http::budget`], but for a MiB of each of the few that wait for more.
 
 mod frame;
 mod intake;
@@ -118,8 +119,8 @@ pub(crate) async fn ws(mut call: Call) -> Answer {
     let client = call.client_or_bearer(offered.token.as_deref())?;
     call.api.refuse_when_closing()?;
     let place = call.api.sockets.take(&client.record.client_id)?;
-    let intake = intake::Intake::new(Arc::clone(&call.api.budget), client.record.client_id.clone());
     let frame_bytes_max = call.api.request_bytes_max();
+    let intake = intake::Intake::new(Arc::clone(&call.api.budget), client.record.client_id.clone(), frame_bytes_max);
     let mut payload = dev::Payload::Stream { payload: intake.meter(call.payload.take()) };
     let payload = Payload::from_request(&call.request, &mut payload)
         .await

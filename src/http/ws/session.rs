@@ -15,7 +15,7 @@ use futures_util::future::LocalBoxFuture;
 use serde_json::value::RawValue;
 
 use super::frame::{self, Frame, How, Refused};
-use super::intake::Intake;
+use super::intake::{Intake, Stop};
 use super::outgoing::{CloseCode, Outgoing};
 use super::publishing::{Publishing, Waiting};
 use super::{PING_AFTER, Place, SILENCE_MAX, UNSETTLED_BYTES, UNSETTLED_BYTES_ALL, UNSETTLED_BYTES_SCARCE};
@@ -300,10 +300,14 @@ impl Session {
                 None
             }
             Ok(AggregatedMessage::Ping(payload)) => {
+                self.intake.note_control(payload.len());
                 self.outgoing.pong(&payload);
                 None
             }
-            Ok(AggregatedMessage::Pong(_)) => None,
+            Ok(AggregatedMessage::Pong(payload)) => {
+                self.intake.note_control(payload.len());
+                None
+            }
             Ok(AggregatedMessage::Close(_)) => Some(End::Close(CloseCode::Normal, "")),
             Err(error) => Some(broken(&error)),
         }
@@ -547,13 +551,19 @@ async fn next(inbox: &mut Option<Consumer>, max: usize) -> Option<Vec<Delivery>>
 fn broken(error: &ProtocolError) -> End {
     match error {
         ProtocolError::Overflow => End::Close(CloseCode::TooBig, "the frame is too long"),
-        ProtocolError::Io(error) => match error.kind() {
-            std::io::ErrorKind::InvalidData => End::Close(CloseCode::NotUtf8, "not UTF-8, or reserved bits are set"),
-            std::io::ErrorKind::OutOfMemory => End::Close(CloseCode::TryLater, "too many large frames at once"),
-            std::io::ErrorKind::Other if error.get_ref().is_some_and(|e| e.to_string().starts_with("Exceeded")) => {
+        ProtocolError::Io(error) => match (Stop::of(error), error.kind()) {
+            (Some(Stop::TooLong), _) => End::Close(CloseCode::TooBig, "the frame is too long"),
+            (Some(Stop::TooSlow), _) => End::Close(CloseCode::TryLater, "the frame came too slowly"),
+            (Some(Stop::NoRoom), _) => End::Close(CloseCode::TryLater, "too many large frames at once"),
+            (None, std::io::ErrorKind::InvalidData) => {
+                End::Close(CloseCode::NotUtf8, "not UTF-8, or reserved bits are set")
+            }
+            (None, std::io::ErrorKind::Other)
+                if error.get_ref().is_some_and(|e| e.to_string().starts_with("Exceeded")) =>
+            {
                 End::Close(CloseCode::TooBig, "the message is too long")
             }
-            _ => End::Gone,
+            (None, _) => End::Gone,
         },
         _ => End::Close(CloseCode::ProtocolError, "not the WebSocket protocol"),
     }

@@ -76,15 +76,15 @@ fn spawn_epmd(directory: &Path, addresses: &[Ipv4Addr]) -> (u16, Child) {
     (port, command.spawn().expect("epmd starts: is rabbitmq-server installed?"))
 }
 
-/// Starts a process that stays on one CPU of those that this thread may use: number `number`, counted round.
+/// Starts a process that stays on one CPU, any of those that this thread may use.
 ///
 /// Erlang's scheduler and its threads for files wake each other for each module that is loaded. Across CPUs that takes
 /// more than half of the time in which a node starts.
-fn on_one_cpu<T>(number: u32, start: impl FnOnce() -> T) -> T {
+fn on_one_cpu<T>(start: impl FnOnce() -> T) -> T {
     let all = sched_getaffinity(None).expect("a thread knows its CPUs");
     let allowed: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).collect();
     let mut one = CpuSet::new();
-    one.set(allowed[number as usize % allowed.len()]);
+    one.set(allowed[rand::random_range(0..allowed.len())]);
     // A process inherits this from the thread that starts it.
     sched_setaffinity(None, &one).expect("a thread may choose among its CPUs");
     let started = start();
@@ -259,7 +259,7 @@ impl Node {
         let mut command = self.command("rabbitmq-server");
         // Out of the test's process group: a shared node outlives its test.
         command.process_group(0).stdout(output.try_clone().expect("a second handle")).stderr(output);
-        let child = on_one_cpu(u32::from(self.address), || command.spawn());
+        let child = on_one_cpu(|| command.spawn());
         self.child = Some(child.expect("rabbitmq-server starts: is it installed?"));
     }
 
@@ -317,8 +317,7 @@ impl Node {
         let mut command = self.command("rabbitmqctl");
         command.args(["--longnames", "-n", &self.name()]).args(arguments);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let number = u32::from(self.address);
-        let run = actix_rt::task::spawn_blocking(move || on_one_cpu(number, || command.output()));
+        let run = actix_rt::task::spawn_blocking(move || on_one_cpu(|| command.output()));
         let Output { status, stdout, stderr } = run.await.expect("does not panic").expect("rabbitmqctl starts");
         let said = String::from_utf8_lossy(&stdout).into_owned();
         assert!(status.success(), "rabbitmqctl {arguments:?}: {said}{}", String::from_utf8_lossy(&stderr));
