@@ -33,10 +33,6 @@ const BODY_SHARES: usize = 4;
 /// How long a body waits for its share.
 const BODY_WAIT: Duration = Duration::from_secs(10);
 
-/// Bodies without a length that wait for more room than they have, at once: each has been read in part, a MiB at most.
-const GROWING_PER_CLIENT: usize = 8;
-const GROWING_MAX: usize = 64;
-
 /// Pulls under way at once: each may come back with about 16 MiB.
 const PULLS_PER_CLIENT: usize = 4;
 const PULLS_MAX: usize = 64;
@@ -67,7 +63,6 @@ pub(crate) struct Budget {
     share_kib: usize,
     request_bytes_max: usize,
     bodies: Arc<Semaphore>,
-    growing: Arc<Semaphore>,
     pulls: Arc<Semaphore>,
     answers: AtomicUsize,
     polls: AtomicUsize,
@@ -76,7 +71,6 @@ pub(crate) struct Budget {
 /// One client's.
 struct Share {
     bodies: Arc<Semaphore>,
-    growing: Arc<Semaphore>,
     pulls: Arc<Semaphore>,
     answers: AtomicUsize,
     polls: AtomicUsize,
@@ -92,7 +86,6 @@ impl Budget {
             share_kib,
             request_bytes_max,
             bodies: Arc::new(Semaphore::new((share_kib * BODY_SHARES).min(Semaphore::MAX_PERMITS))),
-            growing: Arc::new(Semaphore::new(GROWING_MAX)),
             pulls: Arc::new(Semaphore::new(PULLS_MAX)),
             answers: AtomicUsize::new(0),
             polls: AtomicUsize::new(0),
@@ -111,7 +104,6 @@ impl Budget {
         let fresh = || {
             Arc::new(Share {
                 bodies: Arc::new(Semaphore::new(self.share_kib)),
-                growing: Arc::new(Semaphore::new(GROWING_PER_CLIENT)),
                 pulls: Arc::new(Semaphore::new(PULLS_PER_CLIENT)),
                 answers: AtomicUsize::new(0),
                 polls: AtomicUsize::new(0),
@@ -137,13 +129,6 @@ impl Budget {
                 Err(Problem::rate_limited("too many large requests at once; send fewer side by side", BODY_WAIT / 5))
             }
         }
-    }
-
-    /// A place for a body that is being read and waits for more room; `None` when too many do. Held while it waits.
-    pub(crate) fn grow(&self, client: &ClientId) -> Option<GrowingPlace> {
-        let own = Arc::clone(&self.share(client).growing).try_acquire_owned().ok()?;
-        let common = Arc::clone(&self.growing).try_acquire_owned().ok()?;
-        Some(GrowingPlace { _own: own, _common: common })
     }
 
     /// A turn to pull. Refused while the client's (or all) answers that were not read yet are too large.
@@ -206,12 +191,6 @@ pub(crate) struct BodyRoom {
     _common: OwnedSemaphorePermit,
     /// Keeps the share in the map while some of it is in use.
     _share: Arc<Share>,
-}
-
-/// A place to wait in; see [`Budget::grow`].
-pub(crate) struct GrowingPlace {
-    _own: OwnedSemaphorePermit,
-    _common: OwnedSemaphorePermit,
 }
 
 /// A turn to pull; see [`Budget::pull`].

@@ -12,7 +12,7 @@
 //! A connection holds at most one incoming frame of 16 × `SOAR_MAX_MESSAGE_BYTES`, a few sends that wait for the broker,
 //! a few chunks that wait for the peer, and deliveries up to the client's credit and [`UNSETTLED_BYTES`]. A peer that
 //! does not read is not read from and gets nothing; one that is gone is noticed within [`SILENCE_MAX`]. Large incoming
-//! frames are within the client's share of [`crate::http::budget`], but for a MiB of each of the few that wait for more.
+//! messages are within the client's share of [`crate::http::budget`].
 
 mod frame;
 mod intake;

@@ -216,7 +216,7 @@ impl Session {
             // It is not read from because the broker is behind: what it may be saying is not silence.
             self.heard = Instant::now();
         }
-        let silent = self.heard.elapsed();
+        let silent = self.heard.max(self.intake.heard()).elapsed();
         if silent > SILENCE_MAX {
             return Some(End::Gone);
         }
@@ -300,14 +300,10 @@ impl Session {
                 None
             }
             Ok(AggregatedMessage::Ping(payload)) => {
-                self.intake.note_control(payload.len());
                 self.outgoing.pong(&payload);
                 None
             }
-            Ok(AggregatedMessage::Pong(payload)) => {
-                self.intake.note_control(payload.len());
-                None
-            }
+            Ok(AggregatedMessage::Pong(_)) => None,
             Ok(AggregatedMessage::Close(_)) => Some(End::Close(CloseCode::Normal, "")),
             Err(error) => Some(broken(&error)),
         }

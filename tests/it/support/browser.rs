@@ -351,9 +351,18 @@ impl Drop for Browser {
     }
 }
 
+/// How often the driver is started. It looks for a port that is free on 127.0.0.1 and then needs the same on ::1: when
+/// somebody has that it ends.
+const DRIVER_STARTS: usize = 5;
+
 /// Starts the driver on a port that it finds, and tells which.
-#[expect(clippy::zombie_processes, reason = "who has it waits for it; when it never listens the test ends")]
 fn start_driver() -> (Child, u16) {
+    let started = (0..DRIVER_STARTS).find_map(|_| try_driver());
+    started.expect("the driver ended before it listened, again and again")
+}
+
+#[expect(clippy::zombie_processes, reason = "who has it waits for it")]
+fn try_driver() -> Option<(Child, u16)> {
     let mut command = Command::new(DRIVER);
     command.arg("--port=0").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut driver = command.spawn().unwrap_or_else(|error| panic!("{DRIVER}: {error}; scripts/setup.sh installs it"));
@@ -361,14 +370,17 @@ fn start_driver() -> (Child, u16) {
     let mut line = String::new();
     loop {
         line.clear();
-        let read = said.read_line(&mut line).expect("reads what the driver says");
-        assert!(read > 0, "the driver ended before it listened");
+        if said.read_line(&mut line).expect("reads what the driver says") == 0 {
+            let status = driver.wait().expect("the driver can be waited for");
+            eprintln!("the driver ended before it listened: {status}");
+            return None;
+        }
         // "ChromeDriver was started successfully on port 40123."
         if let Some((_, port)) = line.split_once("successfully on port ") {
             let port = port.trim().trim_end_matches('.').parse().expect("a port");
             // It says little more; what it says is read, so that it never waits for a reader.
             std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
-            return (driver, port);
+            return Some((driver, port));
         }
     }
 }
