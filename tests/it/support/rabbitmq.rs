@@ -76,15 +76,15 @@ fn spawn_epmd(directory: &Path, addresses: &[Ipv4Addr]) -> (u16, Child) {
     (port, command.spawn().expect("epmd starts: is rabbitmq-server installed?"))
 }
 
-/// Starts a process that stays on one CPU, any of those that this thread may use.
+/// Starts a process that stays on one CPU, number `number` of those that this thread may use, counted round.
 ///
 /// Erlang's scheduler and its threads for files wake each other for each module that is loaded. Across CPUs that takes
 /// more than half of the time in which a node starts.
-fn on_one_cpu<T>(start: impl FnOnce() -> T) -> T {
+fn on_one_cpu<T>(number: usize, start: impl FnOnce() -> T) -> T {
     let all = sched_getaffinity(None).expect("a thread knows its CPUs");
     let allowed: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).collect();
     let mut one = CpuSet::new();
-    one.set(allowed[rand::random_range(0..allowed.len())]);
+    one.set(allowed[number % allowed.len()]);
     // A process inherits this from the thread that starts it.
     sched_setaffinity(None, &one).expect("a thread may choose among its CPUs");
     let started = start();
@@ -115,6 +115,8 @@ pub(crate) struct Node {
     directory: PathBuf,
     home: Arc<Home>,
     has_management: bool,
+    /// On which CPU it runs; see [`on_one_cpu`].
+    cpu: usize,
     child: Option<Child>,
     _temporary: Option<Arc<TempDir>>,
 }
@@ -167,7 +169,8 @@ impl Node {
         std::fs::write(directory.join("enabled_plugins"), "[rabbitmq_management].\n").expect("writes");
         let distribution_port = free_port();
         let directory = directory.to_owned();
-        Self { address, distribution_port, directory, home, has_management: true, child: None, _temporary: None }
+        let cpu = rand::random_range(0..64);
+        Self { address, distribution_port, directory, home, has_management: true, cpu, child: None, _temporary: None }
     }
 
     /// Its Erlang name.
@@ -259,7 +262,7 @@ impl Node {
         let mut command = self.command("rabbitmq-server");
         // Out of the test's process group: a shared node outlives its test.
         command.process_group(0).stdout(output.try_clone().expect("a second handle")).stderr(output);
-        let child = on_one_cpu(|| command.spawn());
+        let child = on_one_cpu(self.cpu, || command.spawn());
         self.child = Some(child.expect("rabbitmq-server starts: is it installed?"));
     }
 
@@ -317,7 +320,9 @@ impl Node {
         let mut command = self.command("rabbitmqctl");
         command.args(["--longnames", "-n", &self.name()]).args(arguments);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let run = actix_rt::task::spawn_blocking(move || on_one_cpu(|| command.output()));
+        // Not where the node has its work to do.
+        let cpu = self.cpu + 1;
+        let run = actix_rt::task::spawn_blocking(move || on_one_cpu(cpu, || command.output()));
         let Output { status, stdout, stderr } = run.await.expect("does not panic").expect("rabbitmqctl starts");
         let said = String::from_utf8_lossy(&stdout).into_owned();
         assert!(status.success(), "rabbitmqctl {arguments:?}: {said}{}", String::from_utf8_lossy(&stderr));
