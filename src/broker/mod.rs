@@ -454,6 +454,14 @@ pub trait Broker: Send + Sync + 'static {
     /// How much is in the client's queues.
     async fn depths(&self, client: &ClientId) -> Result<Depths, BrokerError>;
 
+    /// Messages in the client's outbox and notify queue, to be asked when nothing consumes them any more: what the last
+    /// consumers held is waited for, and none that is on its way between a queue and a consumer is overlooked. Where the
+    /// broker knows of a consumer that may hold some unseen, there is at least one.
+    async fn left_to_forward(&self, client: &ClientId) -> Result<u64, BrokerError> {
+        let depths = self.depths(client).await?;
+        Ok(depths.outbox + depths.notify)
+    }
+
     /// When the message that is in the queue longest came into it, where the broker knows that without reading the
     /// queue; for metrics.
     async fn oldest(&self, _queue: &Queue) -> Result<Option<Timestamp>, BrokerError> {

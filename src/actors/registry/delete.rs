@@ -1,7 +1,7 @@
 //! Deletion: what the client sent is forwarded first, then everything of it goes.
 //!
 //! Order: take it out of the directory and close its gate, so that nothing more is accepted from it; forward what its
-//! outbox and notify queue hold, paused or not; note in the store that it is going; stop its actors, delete its queues,
+//! outbox and notify queue hold, paused or not, and stop its actors; note in the store that it is going; delete its queues,
 //! delete its record. A crash before the note leaves the client as it was; one after it is finished at the next start.
 
 use std::rc::Rc;
@@ -38,7 +38,6 @@ pub(super) async fn delete(core: Rc<Core>, id: ClientId) -> Result<(), RegistryE
     };
     core.shared.directory.remove(&id);
     entry.gate.close();
-    core.set_phase(&id, Phase::Draining);
     let drained = match drain(&core, &id, &entry).await {
         Ok(()) => core.store.mark_unfinished(&id).await.map_err(store_error(&id)),
         Err(error) => Err(error.into()),
@@ -50,8 +49,6 @@ pub(super) async fn delete(core: Rc<Core>, id: ClientId) -> Result<(), RegistryE
         log::warn!("client {id} was not deleted: {error}");
         return Err(error);
     }
-    core.set_phase(&id, Phase::Closing);
-    core.wait_until_calm(&id, Duration::from_secs(STOP_WITHIN_S)).await;
     core.forget(&id);
     core.leftovers.borrow_mut().insert(id.clone());
     clear_leftovers(&core, &id).await?;
@@ -60,26 +57,29 @@ pub(super) async fn delete(core: Rc<Core>, id: ClientId) -> Result<(), RegistryE
 }
 
 /// Waits until every publish that was let in is answered, and all that is in the outbox and the notify queue is
-/// forwarded.
+/// forwarded; its actors have stopped then.
 async fn drain(core: &Core, id: &ClientId, entry: &ClientEntry) -> Result<(), BrokerError> {
     let begun = Instant::now();
     let mut least = u64::MAX;
     let mut progress_at = begun;
     let mut poll_ms = POLL_MIN_MS;
+    core.set_phase(id, Phase::Draining);
     loop {
         if let Health::Unreachable(why) = core.shared.broker.health() {
             return Err(BrokerError::new(BrokerErrorKind::Unavailable, format!("forward what {id} sent: {why}")));
         }
         // In this order: a publish that has left the gate is in the queue.
         let under_way = entry.gate.under_way();
-        let waiting = match core.shared.broker.depths(id).await {
-            Ok(depths) => depths.outbox + depths.notify,
-            Err(error) if error.kind == BrokerErrorKind::NotFound => 0,
-            Err(error) => return Err(error),
-        };
-        let left = under_way + waiting;
+        let depths = core.shared.broker.depths(id).await.map(|depths| depths.outbox + depths.notify);
+        let mut left = under_way + if_any(depths)?;
         if left == 0 {
-            return Ok(());
+            // What has left a queue may not have reached its actor. Without actors the queues say all there is.
+            close(core, id).await;
+            left = if_any(core.shared.broker.left_to_forward(id).await)?;
+            if left == 0 {
+                return Ok(());
+            }
+            core.set_phase(id, Phase::Draining);
         }
         if left < least {
             (least, progress_at) = (left, Instant::now());
@@ -90,12 +90,27 @@ async fn drain(core: &Core, id: &ClientId, entry: &ClientEntry) -> Result<(), Br
         }
         if begun.elapsed() > Duration::from_secs(DRAIN_MAX_S) {
             log::warn!(
-                "client {id} is deleted with {waiting} messages in its outbox and notify queue: it kept filling them"
+                "client {id} is deleted with {left} messages in its outbox and notify queue: it kept filling them"
             );
+            close(core, id).await;
             return Ok(());
         }
         actix_rt::time::sleep(Duration::from_millis(poll_ms)).await;
         poll_ms = (poll_ms * 2).min(POLL_MAX_MS);
+    }
+}
+
+/// Stops the client's actors.
+async fn close(core: &Core, id: &ClientId) {
+    core.set_phase(id, Phase::Closing);
+    core.wait_until_calm(id, Duration::from_secs(STOP_WITHIN_S)).await;
+}
+
+/// Messages in a client's queues; none, when the broker does not know it.
+fn if_any(counted: Result<u64, BrokerError>) -> Result<u64, BrokerError> {
+    match counted {
+        Err(error) if error.kind == BrokerErrorKind::NotFound => Ok(0),
+        counted => counted,
     }
 }
 

@@ -385,6 +385,25 @@ impl Shared {
         }
     }
 
+    /// See [`crate::broker::Broker::left_to_forward`].
+    pub(super) async fn left_to_forward(&self, id: &ClientId) -> Result<u64, BrokerError> {
+        let action = format!("count what {id} sent");
+        let session = self.session(&action)?;
+        let client = self.clients.get(id);
+        let client = client.ok_or_else(|| BrokerError::new(BrokerErrorKind::NotFound, action.clone()))?;
+        let mut left = 0;
+        for queue in [Queue::Outbox(id.clone()), Queue::Notify(id.clone())] {
+            let name = queue.to_string();
+            self.intake(&queue).turn(&name).await;
+            let messages = self.count(&queue, Some(&client)).await?;
+            // One of a connection that was lost, and RabbitMQ does not know yet.
+            let looked = session.control(async |channel| topology::look_at(channel, &name).await).await;
+            let (_, consumers) = looked.map_err(|error| broker_error(&action, error))?;
+            left += messages.max(u64::from(consumers));
+        }
+        Ok(left)
+    }
+
     async fn count_all(&self, client: &Client) -> Result<Depths, BrokerError> {
         let (outbox, notify) = (Queue::Outbox(client.id.clone()), Queue::Notify(client.id.clone()));
         let dead = topology::dead(&client.id);

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::Shared;
 use super::consumer::{Pending, Rest};
 use super::held::Held;
-use super::intake::{GivenBack, IntakeChannel, Left, Note, Subscription};
+use super::intake::{BackTo, GivenBack, IntakeChannel, Left, Note, Subscription};
 use crate::broker::Queue;
 
 impl Shared {
@@ -25,7 +25,7 @@ impl Shared {
         let channel = Arc::clone(&subscription.channel);
         let first = self.tags_on(&channel, buffer);
         let note = self.note_of(queue);
-        let left = Left::Back { is_gone: self.is_gone(queue), first, outstanding, note, ended };
+        let left = Left::Back { to: self.back_to(queue), first, outstanding, note, ended };
         self.intake(queue).end(&self.thread, subscription, left);
     }
 
@@ -47,15 +47,18 @@ impl Shared {
         if first.is_none() && pending.is_none() {
             return;
         }
-        let (note, is_gone) = (self.note_of(queue), self.is_gone(queue));
-        let back = GivenBack { queue: queue.to_string(), first, rest, pending, note, is_gone };
+        let (note, to) = (self.note_of(queue), self.back_to(queue));
+        let back = GivenBack { queue: queue.to_string(), first, rest, pending, note, to };
         self.intake(queue).give_back(&self.thread, back);
     }
 
-    /// Whether the queue is about to be deleted, or was.
-    fn is_gone(&self, queue: &Queue) -> bool {
+    fn back_to(&self, queue: &Queue) -> BackTo {
         let is_internal = matches!(queue, Queue::Publish | Queue::Unrouted);
-        !is_internal && self.clients.owner(queue).is_none_or(|client| client.is_gone())
+        if !is_internal && self.clients.owner(queue).is_none_or(|client| client.is_gone()) {
+            BackTo::Nowhere
+        } else {
+            self.options.queue_type.into()
+        }
     }
 
     /// Notes that these go back, and returns the tags of those that came on `channel`; others go back at once.

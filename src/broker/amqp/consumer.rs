@@ -35,6 +35,9 @@ const HELD_MIN: usize = 16;
 /// How long a message is taken to be before one was seen, in bytes: long, so that the first batch cannot be too much.
 const SIZE_AT_FIRST: usize = 256 << 10;
 
+/// How long a count of messages waits until those that are in transit are here.
+const LANDED_WITHIN: Duration = Duration::from_secs(1);
+
 /// Time before a failed subscription is tried again; doubled up to the second.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(3);
@@ -52,6 +55,8 @@ pub(super) struct ConsumerCore {
     average_size: AtomicUsize,
     /// Something that `next` waits for has changed.
     changed: Notify,
+    /// Nothing is in transit any more.
+    landed: Notify,
     state: Mutex<State>,
     /// Batches are published in the order in which they were settled.
     pub(super) turn: Arc<Semaphore>,
@@ -63,6 +68,9 @@ struct State {
     subscription: Option<Subscription>,
     /// What the subscription before had on its way.
     rest: Option<Rest>,
+    /// RabbitMQ may have handed over what cannot be seen here yet: to a subscription that has just begun, or by one that
+    /// is being made anew.
+    in_transit: bool,
     /// Whether it may keep what comes back: until it is paused or dropped.
     is_open: bool,
     /// Handed to this process, not to anybody in it, in the order in which it came.
@@ -141,17 +149,50 @@ impl ConsumerCore {
 
     /// Messages of the queue that are ready in RabbitMQ, if it could be asked, and those that are here.
     pub(super) async fn depth(&self) -> Result<(Option<u64>, u64), lapin::Error> {
-        let channel = self.state.lock().subscription.as_ref().map(|subscription| Arc::clone(&subscription.channel));
-        let ready = match channel {
-            // Asked this way, nothing is left between the two.
-            Some(channel) if channel.is_alive() => Some(channel.round_trip(&self.name).await?),
-            _ => None,
-        };
+        let until = tokio::time::Instant::now() + LANDED_WITHIN;
+        loop {
+            let landed = self.landed.notified();
+            let channel = {
+                let state = self.state.lock();
+                let channel = state.subscription.as_ref().map(|subscription| Arc::clone(&subscription.channel));
+                (!state.in_transit).then_some(channel)
+            };
+            let Some(channel) = channel else {
+                if tokio::time::timeout_at(until, landed).await.is_ok() {
+                    continue;
+                }
+                // It stays out of sight for now; what is here is better than nothing.
+                return Ok((None, self.state.lock().outstanding() as u64));
+            };
+            let ready = match channel {
+                // Asked this way, nothing is left between the two.
+                Some(channel) if channel.is_alive() => Some(channel.round_trip(&self.name).await?),
+                _ => None,
+            };
+            let mut state = self.state.lock();
+            self.take_in(&mut state, None);
+            // Looking has taken the place of whoever waits for deliveries; it has to look again.
+            self.wake();
+            if !state.in_transit {
+                return Ok((ready, state.outstanding() as u64));
+            }
+        }
+    }
+
+    /// The answer to a subscription has come.
+    fn begin(&self, subscription: Option<Subscription>) {
         let mut state = self.state.lock();
-        self.take_in(&mut state, None);
-        // Looking has taken the place of whoever waits for deliveries; it has to look again.
-        self.wake();
-        Ok((ready, state.outstanding() as u64))
+        if subscription.is_some() {
+            state.subscription = subscription;
+            state.first_place = state.next_place;
+            state.is_open = true;
+        }
+        self.land(&mut state);
+    }
+
+    fn land(&self, state: &mut State) {
+        state.in_transit = false;
+        self.landed.notify_waiters();
     }
 
     /// Takes what RabbitMQ has handed over into the buffer. Returns false when the subscription has ended.
@@ -374,6 +415,7 @@ impl ConsumerCore {
         let (sender, rest) = oneshot::channel();
         self.shared.intake(&self.queue).end(&self.shared.thread, subscription, Left::Kept(sender));
         state.rest = Some((channel, rest));
+        state.in_transit = true;
     }
 
     fn has_ended(&self) -> bool {
@@ -426,6 +468,7 @@ impl AmqpConsumer {
             prefetch: AtomicU32::new(prefetch),
             average_size: AtomicUsize::new(0),
             changed: Notify::new(),
+            landed: Notify::new(),
             state: Mutex::default(),
             turn: Arc::new(Semaphore::new(1)),
             me: me.clone(),
@@ -447,6 +490,7 @@ impl AmqpConsumer {
             for delivery in rest {
                 core.arrive(&mut state, delivery, channel);
             }
+            core.land(&mut state);
             drop(state);
             self.rest = None;
             // It may have been paused meanwhile.
@@ -476,30 +520,27 @@ impl AmqpConsumer {
                 shared.repair(core.client.as_deref()).await;
                 self.was_cancelled = false;
             }
+            core.state.lock().in_transit = true;
             self.pending = shared.intake(&core.queue).subscribe(&core.name, self.core.wanted()).await;
         }
-        let Some(pending) = &mut self.pending else { return };
+        let Some(pending) = &mut self.pending else { return core.land(&mut core.state.lock()) };
         let answer = tokio::select! {
             answer = pending => answer,
             () = core.changed.notified() => return,
         };
         self.pending = None;
-        match answer {
-            Ok(Ok(subscription)) => {
-                self.failures = 0;
-                let mut state = core.state.lock();
-                state.subscription = Some(subscription);
-                state.first_place = state.next_place;
-                state.is_open = true;
-            }
-            Ok(Err(error)) => {
-                self.failures += 1;
-                if !core.has_ended() {
-                    log::debug!("consume {}: {error}; trying again", core.name);
-                    shared.repair_queue(&core.queue, &error).await;
-                }
-            }
-            Err(_) => self.failures += 1,
+        let (subscription, error) = match answer {
+            Ok(Ok(subscription)) => (Some(subscription), None),
+            Ok(Err(error)) => (None, Some(error)),
+            Err(_) => (None, None),
+        };
+        self.failures = if subscription.is_some() { 0 } else { self.failures + 1 };
+        core.begin(subscription);
+        if let Some(error) = error
+            && !core.has_ended()
+        {
+            log::debug!("consume {}: {error}; trying again", core.name);
+            shared.repair_queue(&core.queue, &error).await;
         }
     }
 
@@ -571,6 +612,7 @@ impl Drop for AmqpConsumer {
             return self.core.unsubscribe(&mut state);
         }
         state.is_open = false;
+        self.core.land(&mut state);
         let (buffer, rest) = (std::mem::take(&mut state.buffer), self.rest.take().or_else(|| state.rest.take()));
         self.core.shared.give_back_in_turn(&self.core.queue, buffer, rest, self.pending.take());
     }

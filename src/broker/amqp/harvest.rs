@@ -14,7 +14,7 @@ use lapin::message::Delivery;
 use super::admin::set_apart_if_refused;
 use super::clients::Client;
 use super::error::{broker_error, unavailable};
-use super::intake::{Intake, IntakeChannel, Left, Subscription};
+use super::intake::{BackTo, Intake, IntakeChannel, Left, Subscription};
 use super::{Shared, topology};
 use crate::broker::BrokerError;
 
@@ -75,8 +75,8 @@ impl<'a> Harvest<'a> {
         let (sender, ended) = tokio::sync::oneshot::channel();
         // What came too late is given back before the next chunk is asked for, so that order holds.
         let outstanding = chunk.len();
-        let left =
-            Left::Back { is_gone: false, first: Vec::new(), outstanding, note: Box::new(|_| ()), ended: Some(sender) };
+        let to = BackTo::from(self.shared.options.queue_type);
+        let left = Left::Back { to, first: Vec::new(), outstanding, note: Box::new(|_| ()), ended: Some(sender) };
         self.intake.end(&self.shared.thread, subscription, left);
         let _ = ended.await;
         if !chunk.is_empty() {

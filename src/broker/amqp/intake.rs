@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
+use lapin::options::{
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions,
+};
 use lapin::types::FieldTable;
 use lapin::{Channel, Consumer};
 use parking_lot::Mutex;
@@ -24,6 +26,7 @@ use super::runtime::AmqpThread;
 use super::session::{Role, late, within};
 use super::topology;
 use super::wire::short;
+use crate::config::QueueType;
 
 /// Commands that may wait for a channel's task.
 const COMMANDS_WAITING: usize = 256;
@@ -146,20 +149,40 @@ impl Subscription {
     }
 }
 
+/// How deliveries go back to their queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum BackTo {
+    /// A queue that puts them where they were.
+    Classic,
+    /// A queue that puts each behind those that came back before.
+    Quorum,
+    /// A queue that is about to be deleted, or was: their order is of no interest, and asking for it would close the
+    /// channel.
+    Nowhere,
+}
+
+impl From<QueueType> for BackTo {
+    fn from(kind: QueueType) -> Self {
+        match kind {
+            QueueType::Classic => Self::Classic,
+            QueueType::Quorum => Self::Quorum,
+        }
+    }
+}
+
 /// What becomes of what a subscription was handed and nobody took, when it ends.
 pub(super) enum Left {
     /// It goes back to the queue: these first, which were taken out of it and not settled; then what nobody looked at,
-    /// once that has been noted. `outstanding` were taken out and are not settled, these included. When the queue is
-    /// about to be deleted, or was, their order is of no interest, and asking for it would close the channel.
-    Back { is_gone: bool, first: Vec<u64>, outstanding: usize, note: Note, ended: Option<oneshot::Sender<()>> },
+    /// once that has been noted. `outstanding` were taken out and are not settled, these included.
+    Back { to: BackTo, first: Vec<u64>, outstanding: usize, note: Note, ended: Option<oneshot::Sender<()>> },
     /// What nobody looked at is wanted still, on the same channel.
     Kept(oneshot::Sender<Vec<Delivery>>),
 }
 
 impl Left {
-    /// Everything goes back; nobody has looked at anything.
+    /// Everything goes back; nobody has looked at anything, and nobody can say what kind of queue it is.
     fn all() -> Self {
-        Self::Back { is_gone: false, first: Vec::new(), outstanding: 0, note: Box::new(|_| ()), ended: None }
+        Self::Back { to: BackTo::Quorum, first: Vec::new(), outstanding: 0, note: Box::new(|_| ()), ended: None }
     }
 }
 
@@ -183,13 +206,13 @@ pub(super) struct GivenBack {
     /// Notes what was not looked at.
     pub(super) note: Note,
     /// See [`Left::Back`].
-    pub(super) is_gone: bool,
+    pub(super) to: BackTo,
 }
 
 impl GivenBack {
     /// What it waits for had its turn before.
     async fn give_back(self) {
-        let Self { queue, first, rest, pending, note, is_gone } = self;
+        let Self { queue, first, rest, pending, note, to } = self;
         let rest = match rest {
             Some(rest) => rest.await.unwrap_or_default(),
             None => Vec::new(),
@@ -206,14 +229,14 @@ impl GivenBack {
             (Some(subscription), Some(channel)) if Arc::ptr_eq(&subscription.channel, &channel) => {
                 // None of these counts against its prefetch.
                 let first = std::mem::take(tags);
-                end(subscription, Left::Back { is_gone, first, outstanding: 0, note, ended: None }).await;
+                end(subscription, Left::Back { to, first, outstanding: 0, note, ended: None }).await;
             }
             // What came on an earlier channel went back with that.
             (Some(subscription), _) => {
-                let left = Left::Back { is_gone, first: Vec::new(), outstanding: 0, note, ended: None };
+                let left = Left::Back { to, first: Vec::new(), outstanding: 0, note, ended: None };
                 end(subscription, left).await;
             }
-            (None, Some(channel)) if is_gone => channel.give_back(std::mem::take(tags)),
+            (None, Some(channel)) if to == BackTo::Nowhere => channel.give_back(std::mem::take(tags)),
             (None, Some(channel)) => give_back(&channel, &queue, std::mem::take(tags)).await,
             (None, None) => {}
         }
@@ -468,7 +491,7 @@ fn begin(
 async fn end(mut subscription: Subscription, left: Left) {
     let channel = Arc::clone(&subscription.channel);
     let mut rest = Vec::new();
-    if let Left::Back { outstanding, is_gone: false, .. } = &left {
+    if let Left::Back { outstanding, to: BackTo::Classic | BackTo::Quorum, .. } = &left {
         gather(&mut subscription, *outstanding, &mut rest).await;
     }
     if subscription.cancelled.is_none() && channel.is_alive() {
@@ -485,13 +508,17 @@ async fn end(mut subscription: Subscription, left: Left) {
                 give_back(&channel, &subscription.queue, tags_of(&rest)).await;
             }
         }
-        Left::Back { is_gone, first, note, ended, .. } => {
+        Left::Back { to, first, note, ended, .. } => {
+            let held = first.len() + rest.len();
+            if to == BackTo::Quorum && held > 0 {
+                let room = usize::from(subscription.prefetch).saturating_sub(held);
+                rest.extend(take_returned(&channel, &subscription.queue, room).await);
+            }
             let tags: Vec<u64> = first.into_iter().chain(tags_of(&rest)).collect();
             note(rest);
-            if is_gone {
-                channel.give_back(tags);
-            } else {
-                give_back(&channel, &subscription.queue, tags).await;
+            match to {
+                BackTo::Nowhere => channel.give_back(tags),
+                BackTo::Classic | BackTo::Quorum => give_back(&channel, &subscription.queue, tags).await,
             }
             if let Some(ended) = ended {
                 // Who asked may be gone.
@@ -501,8 +528,7 @@ async fn end(mut subscription: Subscription, left: Left) {
     }
 }
 
-/// Waits for what is on its way to a subscription before it is cancelled. What a quorum queue hands out to a consumer
-/// that is being cancelled RabbitMQ gives back by itself: before, and so in front of, what is given back here.
+/// Waits for what is on its way to a subscription before it is cancelled, so that little is left to [`take_returned`].
 async fn gather(subscription: &mut Subscription, outstanding: usize, rest: &mut Vec<Delivery>) {
     let until = Instant::now() + GATHER_WITHIN;
     loop {
@@ -516,6 +542,27 @@ async fn gather(subscription: &mut Subscription, outstanding: usize, rest: &mut 
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
+}
+
+/// Takes, of the messages of a queue that nobody consumes, those that RabbitMQ has given back by itself: what a quorum
+/// queue had handed out to a consumer, and its channel came to after the consumer was cancelled. They are younger than
+/// what reached the consumer, and would be in front of that when it is given back. `most` is how many it can be.
+async fn take_returned(channel: &IntakeChannel, queue: &str, most: usize) -> Vec<Delivery> {
+    let mut taken = Vec::new();
+    // Once this is answered, the channel has given back what it will.
+    let Ok(ready) = channel.round_trip(queue).await else { return taken };
+    let most = usize::try_from(ready).unwrap_or(usize::MAX).min(most);
+    while taken.len() < most
+        && let Ok(Some(next)) =
+            channel.answer(channel.channel.basic_get(short(queue), BasicGetOptions::default())).await
+    {
+        let was_returned = next.redelivered;
+        taken.push(next.delivery);
+        if !was_returned {
+            break;
+        }
+    }
+    taken
 }
 
 fn drain(subscription: &mut Subscription, rest: &mut Vec<Delivery>) {

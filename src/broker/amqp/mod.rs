@@ -438,6 +438,11 @@ impl Broker for AmqpBroker {
         self.shared.thread.run("count messages", async move { shared.depths(&client).await }).await
     }
 
+    async fn left_to_forward(&self, client: &ClientId) -> Result<u64, BrokerError> {
+        let (shared, client) = (Arc::clone(&self.shared), client.clone());
+        self.shared.thread.run("count messages", async move { shared.left_to_forward(&client).await }).await
+    }
+
     /// Of what this process was handed: RabbitMQ does not say it of the rest.
     async fn oldest(&self, queue: &Queue) -> Result<Option<Timestamp>, BrokerError> {
         let shared = &self.shared;
