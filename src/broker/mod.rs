@@ -423,6 +423,12 @@ pub trait Broker: Send + Sync + 'static {
         Ok(())
     }
 
+    /// Takes the client's login at the broker away, so that it can write nothing more; [`Broker::set_password`] gives it
+    /// back.
+    async fn lock_out(&self, _client: &ClientId) -> Result<(), BrokerError> {
+        Ok(())
+    }
+
     /// At the start: the passwords of all clients that there are. Users that are missing or differ are made in the
     /// background, now and whenever the broker has lost them; those of clients that are gone are deleted.
     fn expect_passwords(&self, _passwords: Vec<(ClientId, SaltedHash)>) {}

@@ -1,7 +1,9 @@
 //! RabbitMQ users of clients' own, when the router knows the management API: what one may do, and every way out of it
 //! that a client might try, with Python's pika.
 
+use std::cell::Cell;
 use std::ops::{Deref, DerefMut};
+use std::rc::Rc;
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -11,7 +13,7 @@ use crate::support::amqp::{Broken, Peer, outgoing};
 use crate::support::fixture::{BrokerKind, Fixture, Provision};
 use crate::support::http::{Client, messages};
 use crate::support::rabbitmq::{Node, VirtualHost};
-use crate::support::wait::SOON;
+use crate::support::wait::{SOON, soon};
 use crate::support::{TestApp, eventually};
 
 /// A router that makes users, on a virtual host. Users belong to the whole node, which other tests share: so every name
@@ -265,6 +267,37 @@ rabbitmq_tests! {
         let next = app.client("client", &["x"]).await;
         assert_login_refused(app.log_in(&client.id, &client.secret).await);
         app.peer(&next).await;
+    }
+
+    async fn a_client_that_goes_on_sending_is_deleted_and_what_was_confirmed_arrives(app: &mut UsersApp) {
+        let sender = app.client("sender", &[]).await;
+        let receiver = app.client("receiver", &["x"]).await;
+        let mut peer = app.peer(&sender).await;
+        let exchange = format!("{}-exchange", sender.id);
+        let confirmed = Rc::new(Cell::new(0));
+        let sending = actix_rt::spawn({
+            let confirmed = Rc::clone(&confirmed);
+            async move {
+                for n in 0.. {
+                    let body = json!({"topic": "x", "message": n}).to_string();
+                    if peer.publish(outgoing(&exchange, "outbox", body, json!({}))).await.is_err() {
+                        return;
+                    }
+                    confirmed.set(n + 1);
+                }
+            }
+        });
+        eventually("it sends", SOON, async || (confirmed.get() > 50).then_some(())).await;
+        app.delete(&sender.id).await;
+        soon("its connection ends", sending).await.expect("does not panic");
+        let mut came = Vec::new();
+        eventually("all that was confirmed has come", SOON, async || {
+            came.extend(messages(&receiver.receive("max=1000").await));
+            (came.len() >= confirmed.get()).then_some(())
+        })
+        .await;
+        let in_order: Vec<Value> = (0..came.len()).map(Value::from).collect();
+        assert_eq!(came, in_order);
     }
 
     async fn the_name_of_somebody_elses_user_is_taken(app: &mut UsersApp) {

@@ -1,5 +1,6 @@
 //! `GET /receive`, `/ack`, `/nack`, dead letters, inbox limits.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use reqwest::Method;
@@ -7,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::TestApp;
 use crate::support::http::{Client, messages, receipts};
-use crate::support::wait::{soon, stays_pending};
+use crate::support::wait::{pace, soon, stays_pending};
 
 /// A client that subscribes to `x`, with this many messages `0`, `1`, … in its inbox.
 async fn with_messages(app: &mut TestApp, count: usize) -> Client {
@@ -227,6 +228,47 @@ broker_tests! {
         assert_eq!(client.call(Method::DELETE, path).send().await.ok(200), json!({"purged": 3}));
         assert_eq!(client.call(Method::DELETE, path).send().await.ok(200), json!({"purged": 0}));
         client.wait_for_depth("dead", 0).await;
+    }
+
+    async fn order_holds_whatever_each_pull_asks_for(app: &mut TestApp) {
+        let client = with_messages(app, 400).await;
+        // Apart, as a client that looks now and then: what was read ahead for one pull goes back before the next.
+        let mut rest = pace(Duration::from_millis(400));
+        let mut next = 0;
+        for max in [100, 10, 10, 60, 5, 200, 10] {
+            rest.tick().await;
+            let came = messages(&client.receive(&format!("max={max}")).await);
+            assert_eq!(came, numbers(next..next + came.len()), "a pull of {max}");
+            next += came.len();
+        }
+        assert_eq!(messages(&client.receive_exactly(400 - next, "").await), numbers(next..400));
+    }
+
+    async fn dead_letters_keep_their_order_however_they_are_listed(app: &mut TestApp) {
+        let client = with_messages(app, 600).await;
+        let leased = client.receive_exactly(600, "ack=manual").await;
+        for some in receipts(&leased).chunks(200) {
+            client.post("/nack").json(&json!({"receipts": some, "dead": true})).send().await.ok(200);
+        }
+        let mut place = HashMap::new();
+        for dead in client.dead_letters_up_to(1000).await {
+            place.insert(dead["id"].clone(), place.len());
+        }
+        assert_eq!(place.len(), 600);
+        let places = async |limit: usize| -> Vec<usize> {
+            client.dead_letters_up_to(limit).await.iter().map(|dead| place[&dead["id"]]).collect()
+        };
+        for limit in [10, 300, 10, 1000, 150, 10] {
+            assert_eq!(places(limit).await, (0..limit.min(600)).collect::<Vec<_>>(), "a page of {limit}");
+        }
+        // And when some of them are gone from the middle.
+        let path = "/clients/client/dead-letters";
+        let middle: Vec<&Value> = place.iter().filter(|(_, at)| (100..150).contains(*at)).map(|(id, _)| id).collect();
+        client.post(&format!("{path}/replay")).json(&json!({ "ids": middle })).send().await.ok(200);
+        let left: Vec<usize> = (0..100).chain(150..600).collect();
+        for limit in [120, 10, 1000] {
+            assert_eq!(places(limit).await, left[..limit.min(550)], "a page of {limit}, later");
+        }
     }
 
     async fn past_the_inbox_limit_the_oldest_become_dead_letters(app: &mut TestApp) {

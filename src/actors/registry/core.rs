@@ -68,6 +68,8 @@ pub(super) enum Phase {
     Present,
     /// It is being deleted, and its outbox and notify queue are being forwarded, paused or not.
     Draining,
+    /// It is being deleted, and what is left in its outbox and notify queue is being counted: nothing forwards it.
+    Counting,
     /// Its actors are being stopped.
     Closing,
 }
@@ -93,6 +95,9 @@ impl Client {
                 Wanted::Idle(ActorState::Stopped)
             }
             ActorKind::Forwarder | ActorKind::Broadcaster if draining => Wanted::Life,
+            ActorKind::Forwarder | ActorKind::Broadcaster if self.phase == Phase::Counting => {
+                Wanted::Idle(ActorState::Stopped)
+            }
             _ if record.paused => Wanted::Idle(ActorState::Paused),
             _ if !self.bound => Wanted::Idle(ActorState::Starting),
             _ => Wanted::Life,

@@ -1,7 +1,7 @@
 //! Deletion: what the client sent is forwarded first, then everything of it goes.
 //!
 //! Order: take it out of the directory and close its gate, so that nothing more is accepted from it; forward what its
-//! outbox and notify queue hold, paused or not, and stop its actors; note in the store that it is going; delete its queues,
+//! outbox and notify queue hold, paused or not; note in the store that it is going; stop its actors, delete its queues,
 //! delete its record. A crash before the note leaves the client as it was; one after it is finished at the next start.
 
 use std::rc::Rc;
@@ -38,6 +38,9 @@ pub(super) async fn delete(core: Rc<Core>, id: ClientId) -> Result<(), RegistryE
     };
     core.shared.directory.remove(&id);
     entry.gate.close();
+    if let Err(error) = core.shared.broker.lock_out(&id).await {
+        log::debug!("{id} may write by AMQP until its queues are deleted: {error}");
+    }
     let drained = match drain(&core, &id, &entry).await {
         Ok(()) => core.store.mark_unfinished(&id).await.map_err(store_error(&id)),
         Err(error) => Err(error.into()),
@@ -46,9 +49,16 @@ pub(super) async fn delete(core: Rc<Core>, id: ClientId) -> Result<(), RegistryE
         entry.gate.open();
         core.shared.directory.put(entry);
         core.set_phase(&id, Phase::Present);
+        if let Some(password) = &core.with(&id, |client| client.entry.secrets.broker_password).flatten()
+            && let Err(error) = core.shared.broker.set_password(&id, password).await
+        {
+            log::warn!("{id} cannot log in at the broker until that is tried again: {error}");
+        }
         log::warn!("client {id} was not deleted: {error}");
         return Err(error);
     }
+    core.set_phase(&id, Phase::Closing);
+    core.wait_until_calm(&id, Duration::from_secs(STOP_WITHIN_S)).await;
     core.forget(&id);
     core.leftovers.borrow_mut().insert(id.clone());
     clear_leftovers(&core, &id).await?;
@@ -57,7 +67,7 @@ pub(super) async fn delete(core: Rc<Core>, id: ClientId) -> Result<(), RegistryE
 }
 
 /// Waits until every publish that was let in is answered, and all that is in the outbox and the notify queue is
-/// forwarded; its actors have stopped then.
+/// forwarded; what forwards has stopped then.
 async fn drain(core: &Core, id: &ClientId, entry: &ClientEntry) -> Result<(), BrokerError> {
     let begun = Instant::now();
     let mut least = u64::MAX;
@@ -74,7 +84,8 @@ async fn drain(core: &Core, id: &ClientId, entry: &ClientEntry) -> Result<(), Br
         let mut left = under_way + if_any(depths)?;
         if left == 0 {
             // What has left a queue may not have reached its actor. Without actors the queues say all there is.
-            close(core, id).await;
+            core.set_phase(id, Phase::Counting);
+            core.wait_until_calm(id, Duration::from_secs(STOP_WITHIN_S)).await;
             left = if_any(core.shared.broker.left_to_forward(id).await)?;
             if left == 0 {
                 return Ok(());
@@ -85,25 +96,19 @@ async fn drain(core: &Core, id: &ClientId, entry: &ClientEntry) -> Result<(), Br
             (least, progress_at) = (left, Instant::now());
         }
         if progress_at.elapsed() > Duration::from_secs(STALL_S) {
-            let action = format!("forward what {id} sent: {left} messages are left and nothing moves");
+            let action =
+                format!("forward what {id} sent: {left} messages or other consumers are left, and nothing moves");
             return Err(BrokerError::new(BrokerErrorKind::Unavailable, action));
         }
         if begun.elapsed() > Duration::from_secs(DRAIN_MAX_S) {
             log::warn!(
                 "client {id} is deleted with {left} messages in its outbox and notify queue: it kept filling them"
             );
-            close(core, id).await;
             return Ok(());
         }
         actix_rt::time::sleep(Duration::from_millis(poll_ms)).await;
         poll_ms = (poll_ms * 2).min(POLL_MAX_MS);
     }
-}
-
-/// Stops the client's actors.
-async fn close(core: &Core, id: &ClientId) {
-    core.set_phase(id, Phase::Closing);
-    core.wait_until_calm(id, Duration::from_secs(STOP_WITHIN_S)).await;
 }
 
 /// Messages in a client's queues; none, when the broker does not know it.

@@ -395,11 +395,14 @@ impl Shared {
         for queue in [Queue::Outbox(id.clone()), Queue::Notify(id.clone())] {
             let name = queue.to_string();
             self.intake(&queue).turn(&name).await;
-            let messages = self.count(&queue, Some(&client)).await?;
-            // One of a connection that was lost, and RabbitMQ does not know yet.
+            let counted = self.count(&queue, Some(&client)).await;
             let looked = session.control(async |channel| topology::look_at(channel, &name).await).await;
-            let (_, consumers) = looked.map_err(|error| broker_error(&action, error))?;
-            left += messages.max(u64::from(consumers));
+            match (counted, looked.map_err(|error| broker_error(&action, error))) {
+                // A consumer may be one of a connection that was lost, and RabbitMQ does not know that yet.
+                (Ok(messages), Ok((ready, consumers))) => left += messages.max(ready).max(u64::from(consumers)),
+                (Err(error), _) | (_, Err(error)) if error.kind == BrokerErrorKind::NotFound => {}
+                (Err(error), _) | (_, Err(error)) => return Err(error),
+            }
         }
         Ok(left)
     }

@@ -77,7 +77,7 @@ impl Shared {
     }
 
     /// Notes that deliveries go back that nobody has looked at.
-    fn note_of(self: &Arc<Self>, queue: &Queue) -> Note {
+    pub(super) fn note_of(self: &Arc<Self>, queue: &Queue) -> Note {
         let (shared, name, of) = (Arc::clone(self), queue.to_string(), queue.clone());
         Box::new(move |left| {
             for delivery in left {

@@ -35,7 +35,7 @@ const HELD_MIN: usize = 16;
 /// How long a message is taken to be before one was seen, in bytes: long, so that the first batch cannot be too much.
 const SIZE_AT_FIRST: usize = 256 << 10;
 
-/// How long a count of messages waits until those that are in transit are here.
+/// For how long a count of messages waits for those that are in transit.
 const LANDED_WITHIN: Duration = Duration::from_secs(1);
 
 /// Time before a failed subscription is tried again; doubled up to the second.
@@ -69,8 +69,8 @@ struct State {
     /// What the subscription before had on its way.
     rest: Option<Rest>,
     /// RabbitMQ may have handed over what cannot be seen here yet: to a subscription that has just begun, or by one that
-    /// is being made anew.
-    in_transit: bool,
+    /// is being made anew. Since then.
+    in_transit: Option<Instant>,
     /// Whether it may keep what comes back: until it is paused or dropped.
     is_open: bool,
     /// Handed to this process, not to anybody in it, in the order in which it came.
@@ -149,21 +149,19 @@ impl ConsumerCore {
 
     /// Messages of the queue that are ready in RabbitMQ, if it could be asked, and those that are here.
     pub(super) async fn depth(&self) -> Result<(Option<u64>, u64), lapin::Error> {
-        let until = tokio::time::Instant::now() + LANDED_WITHIN;
         loop {
             let landed = self.landed.notified();
-            let channel = {
+            let (in_transit, channel) = {
                 let state = self.state.lock();
-                let channel = state.subscription.as_ref().map(|subscription| Arc::clone(&subscription.channel));
-                (!state.in_transit).then_some(channel)
+                (state.in_transit, state.subscription.as_ref().map(|subscription| Arc::clone(&subscription.channel)))
             };
-            let Some(channel) = channel else {
-                if tokio::time::timeout_at(until, landed).await.is_ok() {
+            if let Some(since) = in_transit {
+                if tokio::time::timeout_at((since + LANDED_WITHIN).into(), landed).await.is_ok() {
                     continue;
                 }
-                // It stays out of sight for now; what is here is better than nothing.
+                // Nobody asks for it for now; what is here is better than nothing.
                 return Ok((None, self.state.lock().outstanding() as u64));
-            };
+            }
             let ready = match channel {
                 // Asked this way, nothing is left between the two.
                 Some(channel) if channel.is_alive() => Some(channel.round_trip(&self.name).await?),
@@ -173,7 +171,7 @@ impl ConsumerCore {
             self.take_in(&mut state, None);
             // Looking has taken the place of whoever waits for deliveries; it has to look again.
             self.wake();
-            if !state.in_transit {
+            if state.in_transit.is_none() {
                 return Ok((ready, state.outstanding() as u64));
             }
         }
@@ -191,7 +189,7 @@ impl ConsumerCore {
     }
 
     fn land(&self, state: &mut State) {
-        state.in_transit = false;
+        state.in_transit = None;
         self.landed.notify_waiters();
     }
 
@@ -361,6 +359,9 @@ impl ConsumerCore {
     /// Whether RabbitMQ is to be told anew: when more may be held, and when less fits by far. Otherwise
     /// handing out less is enough, and a consumer that comes and goes with every change of sizes helps nobody.
     fn is_unfit(&self, current: u16) -> bool {
+        if self.average_size.load(Ordering::Relaxed) == 0 {
+            return false;
+        }
         let wanted = self.wanted();
         let asked = self.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
         let is_more = wanted > current && (u32::from(wanted) == asked || wanted / 2 >= current);
@@ -415,7 +416,7 @@ impl ConsumerCore {
         let (sender, rest) = oneshot::channel();
         self.shared.intake(&self.queue).end(&self.shared.thread, subscription, Left::Kept(sender));
         state.rest = Some((channel, rest));
-        state.in_transit = true;
+        state.in_transit = Some(Instant::now());
     }
 
     fn has_ended(&self) -> bool {
@@ -520,7 +521,7 @@ impl AmqpConsumer {
                 shared.repair(core.client.as_deref()).await;
                 self.was_cancelled = false;
             }
-            core.state.lock().in_transit = true;
+            core.state.lock().in_transit = Some(Instant::now());
             self.pending = shared.intake(&core.queue).subscribe(&core.name, self.core.wanted()).await;
         }
         let Some(pending) = &mut self.pending else { return core.land(&mut core.state.lock()) };

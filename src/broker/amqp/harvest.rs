@@ -1,12 +1,10 @@
 //! Looking at the front of a queue without a standing consumer: dead letters, and inboxes past their limits.
 //!
-//! A chunk at a time is handed over; what is not wanted is given back, in order, when the harvest ends. Giving back is
-//! not confirmed, and until RabbitMQ has done it the queue counts as shorter than it is: [`Harvest::finish`] waits for
-//! that.
+//! A chunk at a time is handed over; [`Harvest::finish`] gives back what is not wanted, in order, and waits until
+//! RabbitMQ counts it again. One that is dropped before, because of an error, gives it back in no order.
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
@@ -14,9 +12,10 @@ use lapin::message::Delivery;
 use super::admin::set_apart_if_refused;
 use super::clients::Client;
 use super::error::{broker_error, unavailable};
-use super::intake::{BackTo, Intake, IntakeChannel, Left, Subscription};
+use super::intake::{self, Intake, IntakeChannel, Left, Note, Subscription};
 use super::{Shared, topology};
-use crate::broker::BrokerError;
+use crate::broker::{BrokerError, Queue};
+use crate::config::QueueType;
 
 /// Deliveries in one chunk, at most and at least, and their bytes: bounds what is in memory at a time.
 const CHUNK_MAX: usize = 500;
@@ -25,9 +24,6 @@ const CHUNK_BYTES: usize = 16 << 20;
 
 /// How long a message is taken to be before one was seen, in bytes.
 const SIZE_AT_FIRST: usize = 128 << 10;
-
-/// How long what was given back may take to be counted as ready again.
-const BACK_WITHIN: Duration = Duration::from_secs(2);
 
 /// See the module.
 pub(super) struct Harvest<'a> {
@@ -40,20 +36,28 @@ pub(super) struct Harvest<'a> {
     kept: Vec<(Arc<IntakeChannel>, u64)>,
     /// How long its messages are on average.
     size: usize,
+    /// The last that was read had been given back before, and so may those be that are behind it.
+    came_back: bool,
+    /// Told of what is read only to be given back.
+    note: Note,
 }
 
 impl<'a> Harvest<'a> {
     /// Begins at the front of a queue that exists.
     pub(super) fn new(shared: &'a Shared, queue: String) -> Self {
         let intake = shared.chores(&queue, None);
-        Self { shared, intake, queue, owner: None, kept: Vec::new(), size: SIZE_AT_FIRST }
+        Self::begin(shared, intake, queue, None, intake::forget())
     }
 
     /// Begins at the front of a client's inbox, which others may read as well, or keep from being read.
-    pub(super) fn of_inbox(shared: &'a Shared, client: &'a Client) -> Self {
+    pub(super) fn of_inbox(shared: &'a Arc<Shared>, client: &'a Client) -> Self {
         let queue = topology::inbox(&client.id);
         let intake = shared.chores(&queue, Some(client));
-        Self { shared, intake, queue, owner: Some(client), kept: Vec::new(), size: SIZE_AT_FIRST }
+        Self::begin(shared, intake, queue, Some(client), shared.note_of(&Queue::Inbox(client.id.clone())))
+    }
+
+    fn begin(shared: &'a Shared, intake: &'a Intake, queue: String, owner: Option<&'a Client>, note: Note) -> Self {
+        Self { shared, intake, queue, owner, kept: Vec::new(), size: SIZE_AT_FIRST, came_back: false, note }
     }
 
     /// The next deliveries, at most this many; none when the end is reached.
@@ -72,13 +76,11 @@ impl<'a> Harvest<'a> {
         let channel = Arc::clone(&subscription.channel);
         let mut chunk = Vec::with_capacity(usize::from(prefetch));
         let result = self.fill(&mut subscription, &mut chunk).await;
-        let (sender, ended) = tokio::sync::oneshot::channel();
-        // What came too late is given back before the next chunk is asked for, so that order holds.
-        let outstanding = chunk.len();
-        let to = BackTo::from(self.shared.options.queue_type);
-        let left = Left::Back { to, first: Vec::new(), outstanding, note: Box::new(|_| ()), ended: Some(sender) };
-        self.intake.end(&self.shared.thread, subscription, left);
-        let _ = ended.await;
+        let (sender, rest) = tokio::sync::oneshot::channel();
+        self.intake.end(&self.shared.thread, subscription, Left::Kept(sender));
+        // When it is dropped the channel is gone, and everything with it.
+        chunk.extend(rest.await.unwrap_or_default());
+        self.came_back = chunk.last().is_some_and(|delivery| delivery.redelivered);
         if !chunk.is_empty() {
             self.size = chunk.iter().map(|delivery| delivery.data.len()).sum::<usize>() / chunk.len();
         }
@@ -124,19 +126,27 @@ impl<'a> Harvest<'a> {
 
     /// Ends it: gives back what was not settled, and waits until RabbitMQ counts it as ready again.
     pub(super) async fn finish(mut self) {
-        let count = self.kept.len() as u64;
-        if count == 0 {
-            return;
+        if self.shared.options.queue_type == QueueType::Quorum {
+            self.read_on().await;
         }
-        let before = self.shared.count_ready(&self.queue).await;
-        self.give_back();
-        let Ok(before) = before else { return };
-        let until = Instant::now() + BACK_WITHIN;
-        // More than that may be there, when somebody put it there meanwhile; less only when somebody took it.
-        while self.shared.count_ready(&self.queue).await.is_ok_and(|ready| ready < before + count)
-            && Instant::now() < until
-        {
-            tokio::time::sleep(Duration::from_millis(2)).await;
+        for (channel, tags) in by_channel(std::mem::take(&mut self.kept)) {
+            intake::give_back(&channel, &self.queue, &tags).await;
+        }
+    }
+
+    /// Reads, of a quorum queue, whatever else was given back before. It is younger than what this is about to give
+    /// back, and would be in front of that.
+    async fn read_on(&mut self) {
+        while self.came_back && !self.kept.is_empty() {
+            match self.next(CHUNK_MAX).await {
+                Ok((chunk, _)) => (self.note)(chunk),
+                Err(error) => return log::debug!("{error}; what it holds may be in another order from now on"),
+            }
+        }
+        if let Some((channel, _)) = self.kept.last() {
+            let channel = Arc::clone(channel);
+            let tags = intake::take_returned(&channel, &self.queue, &self.note).await;
+            self.kept.extend(tags.into_iter().map(|tag| (Arc::clone(&channel), tag)));
         }
     }
 
@@ -151,4 +161,15 @@ impl Drop for Harvest<'_> {
     fn drop(&mut self) {
         self.give_back();
     }
+}
+
+fn by_channel(kept: Vec<(Arc<IntakeChannel>, u64)>) -> Vec<(Arc<IntakeChannel>, Vec<u64>)> {
+    let mut channels: Vec<(Arc<IntakeChannel>, Vec<u64>)> = Vec::with_capacity(1);
+    for (channel, tag) in kept {
+        match channels.last_mut() {
+            Some((last, tags)) if Arc::ptr_eq(last, &channel) => tags.push(tag),
+            _ => channels.push((channel, vec![tag])),
+        }
+    }
+    channels
 }

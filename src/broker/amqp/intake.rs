@@ -182,7 +182,7 @@ pub(super) enum Left {
 impl Left {
     /// Everything goes back; nobody has looked at anything, and nobody can say what kind of queue it is.
     fn all() -> Self {
-        Self::Back { to: BackTo::Quorum, first: Vec::new(), outstanding: 0, note: Box::new(|_| ()), ended: None }
+        Self::Back { to: BackTo::Quorum, first: Vec::new(), outstanding: 0, note: forget(), ended: None }
     }
 }
 
@@ -211,7 +211,7 @@ pub(super) struct GivenBack {
 
 impl GivenBack {
     /// What it waits for had its turn before.
-    async fn give_back(self) {
+    async fn give_back(self, back: &Back) {
         let Self { queue, first, rest, pending, note, to } = self;
         let rest = match rest {
             Some(rest) => rest.await.unwrap_or_default(),
@@ -229,28 +229,27 @@ impl GivenBack {
             (Some(subscription), Some(channel)) if Arc::ptr_eq(&subscription.channel, &channel) => {
                 // None of these counts against its prefetch.
                 let first = std::mem::take(tags);
-                end(subscription, Left::Back { to, first, outstanding: 0, note, ended: None }).await;
+                end(subscription, Left::Back { to, first, outstanding: 0, note, ended: None }, back).await;
             }
             // What came on an earlier channel went back with that.
             (Some(subscription), _) => {
                 let left = Left::Back { to, first: Vec::new(), outstanding: 0, note, ended: None };
-                end(subscription, left).await;
+                end(subscription, left, back).await;
             }
-            (None, Some(channel)) if to == BackTo::Nowhere => channel.give_back(std::mem::take(tags)),
-            (None, Some(channel)) => give_back(&channel, &queue, std::mem::take(tags)).await,
+            (None, Some(channel)) => back.give_back(&channel, &queue, std::mem::take(tags), to, &note).await,
             (None, None) => {}
         }
     }
 }
 
 /// Told of what goes back and was not looked at.
-pub(super) type Note = Box<dyn Fn(Vec<Delivery>) + Send>;
+pub(super) type Note = Box<dyn Fn(Vec<Delivery>) + Send + Sync>;
 
 /// How long the end of a subscription waits for what RabbitMQ may hand out still.
 const GATHER_WITHIN: Duration = Duration::from_secs(2);
 
-/// Deliveries given back at a time when a subscription ends. RabbitMQ's channel sends a quorum queue no more than 32
-/// commands without an answer, and keeps what comes then for later: behind a consumer that begins meanwhile.
+/// Deliveries given back at a time. RabbitMQ's channel sends a quorum queue no more than 32 commands without an answer;
+/// what comes then it keeps for later, and puts back in no order at all.
 const BACK_AT_ONCE: usize = 16;
 
 /// How long these may take to be in their queue again, until the next ones follow anyway.
@@ -335,32 +334,34 @@ async fn run(
     mut commands: mpsc::Receiver<(Command, Done)>,
 ) {
     let open = Open::default();
+    let back = Arc::new(Back::default());
     let mut turns = Turns::default();
     while let Some((command, done)) = commands.recv().await {
         match command {
             Command::Subscribe { queue, prefetch, reply } => {
                 let (turn, open, link) = (turns.next(&queue), Arc::clone(&open), link.clone());
+                let back = Arc::clone(&back);
                 handle.spawn(async move {
                     let _turn = (turn.begin().await, done);
-                    let answer = subscribe(role, &link, &open, &queue, prefetch).await;
+                    let answer = subscribe(role, &link, &open, &queue, back.prefetch(&queue, prefetch)).await;
                     // Nobody waits for it any more, or is told.
                     if let Err(Ok(orphan)) = reply.send(answer) {
-                        end(orphan, Left::all()).await;
+                        end(orphan, Left::all(), &back).await;
                     }
                 });
             }
             Command::End { subscription, left } => {
-                let turn = turns.next(&subscription.queue);
+                let (turn, back) = (turns.next(&subscription.queue), Arc::clone(&back));
                 handle.spawn(async move {
                     let _turn = (turn.begin().await, done);
-                    end(*subscription, left).await;
+                    end(*subscription, left, &back).await;
                 });
             }
-            Command::GiveBack(back) => {
-                let turn = turns.next(&back.queue);
+            Command::GiveBack(given) => {
+                let (turn, back) = (turns.next(&given.queue), Arc::clone(&back));
                 handle.spawn(async move {
                     let _turn = (turn.begin().await, done);
-                    back.give_back().await;
+                    given.give_back(&back).await;
                 });
             }
             Command::Turn { queue, over } => {
@@ -488,7 +489,7 @@ fn begin(
     }
 }
 
-async fn end(mut subscription: Subscription, left: Left) {
+async fn end(mut subscription: Subscription, left: Left, back: &Back) {
     let channel = Arc::clone(&subscription.channel);
     let mut rest = Vec::new();
     if let Left::Back { outstanding, to: BackTo::Classic | BackTo::Quorum, .. } = &left {
@@ -502,24 +503,20 @@ async fn end(mut subscription: Subscription, left: Left) {
         let _ = channel.answer(cancelled).await;
     }
     drain(&mut subscription, &mut rest);
+    if !channel.is_alive() {
+        back.note(&subscription.queue, usize::from(subscription.prefetch));
+    }
     match left {
         Left::Kept(wanted) => {
+            back.keep(&subscription.queue);
             if let Err(rest) = wanted.send(rest) {
-                give_back(&channel, &subscription.queue, tags_of(&rest)).await;
+                back.give_back(&channel, &subscription.queue, tags_of(&rest), BackTo::Quorum, &forget()).await;
             }
         }
         Left::Back { to, first, note, ended, .. } => {
-            let held = first.len() + rest.len();
-            if to == BackTo::Quorum && held > 0 {
-                let room = usize::from(subscription.prefetch).saturating_sub(held);
-                rest.extend(take_returned(&channel, &subscription.queue, room).await);
-            }
             let tags: Vec<u64> = first.into_iter().chain(tags_of(&rest)).collect();
             note(rest);
-            match to {
-                BackTo::Nowhere => channel.give_back(tags),
-                BackTo::Classic | BackTo::Quorum => give_back(&channel, &subscription.queue, tags).await,
-            }
+            back.give_back(&channel, &subscription.queue, tags, to, &note).await;
             if let Some(ended) = ended {
                 // Who asked may be gone.
                 let _ = ended.send(());
@@ -528,7 +525,8 @@ async fn end(mut subscription: Subscription, left: Left) {
     }
 }
 
-/// Waits for what is on its way to a subscription before it is cancelled, so that little is left to [`take_returned`].
+/// Waits for what is on its way to a subscription before it is cancelled: what RabbitMQ then gives back by itself must
+/// be taken again one by one.
 async fn gather(subscription: &mut Subscription, outstanding: usize, rest: &mut Vec<Delivery>) {
     let until = Instant::now() + GATHER_WITHIN;
     loop {
@@ -544,27 +542,6 @@ async fn gather(subscription: &mut Subscription, outstanding: usize, rest: &mut 
     }
 }
 
-/// Takes, of the messages of a queue that nobody consumes, those that RabbitMQ has given back by itself: what a quorum
-/// queue had handed out to a consumer, and its channel came to after the consumer was cancelled. They are younger than
-/// what reached the consumer, and would be in front of that when it is given back. `most` is how many it can be.
-async fn take_returned(channel: &IntakeChannel, queue: &str, most: usize) -> Vec<Delivery> {
-    let mut taken = Vec::new();
-    // Once this is answered, the channel has given back what it will.
-    let Ok(ready) = channel.round_trip(queue).await else { return taken };
-    let most = usize::try_from(ready).unwrap_or(usize::MAX).min(most);
-    while taken.len() < most
-        && let Ok(Some(next)) =
-            channel.answer(channel.channel.basic_get(short(queue), BasicGetOptions::default())).await
-    {
-        let was_returned = next.redelivered;
-        taken.push(next.delivery);
-        if !was_returned {
-            break;
-        }
-    }
-    taken
-}
-
 fn drain(subscription: &mut Subscription, rest: &mut Vec<Delivery>) {
     while let Some(Some(next)) = subscription.consumer.next().now_or_never() {
         rest.extend(next.ok());
@@ -575,19 +552,87 @@ fn tags_of(deliveries: &[Delivery]) -> Vec<u64> {
     deliveries.iter().map(|delivery| delivery.delivery_tag).collect()
 }
 
-/// Gives deliveries back in order, so that they are in the queue again, in that order, when this resolves. Nobody
-/// consumes it on this channel meanwhile.
-async fn give_back(channel: &IntakeChannel, queue: &str, tags: Vec<u64>) {
+/// What goes back to queues, in order, and how much of it comes again.
+///
+/// A quorum queue hands out first what came back to it, in the order in which it came back. So that order holds, whoever
+/// gives something back must have all that came back before, which is younger.
+#[derive(Default)]
+struct Back {
+    /// By queue, how many messages came back to it last. The next subscription must be able to have them all at once.
+    last: Mutex<HashMap<String, u16>>,
+}
+
+impl Back {
+    /// The prefetch for a subscription that asks for this one.
+    fn prefetch(&self, queue: &str, asked: u16) -> u16 {
+        self.last.lock().get(queue).map_or(asked, |last| asked.max(*last))
+    }
+
+    fn note(&self, queue: &str, count: usize) {
+        self.last.lock().insert(queue.to_owned(), u16::try_from(count).unwrap_or(u16::MAX));
+    }
+
+    /// Nothing came back, or what did is here again.
+    fn keep(&self, queue: &str) {
+        self.last.lock().remove(queue);
+    }
+
+    /// Gives deliveries back in order, so that they are in the queue again, in that order, when this resolves. Nobody
+    /// consumes it on this channel meanwhile.
+    async fn give_back(&self, channel: &IntakeChannel, queue: &str, mut tags: Vec<u64>, to: BackTo, note: &Note) {
+        if to == BackTo::Nowhere || tags.is_empty() && channel.is_alive() {
+            self.keep(queue);
+        }
+        if to == BackTo::Nowhere || tags.is_empty() || !channel.is_alive() {
+            // A channel that is dead has given everything back already.
+            return channel.give_back(tags);
+        }
+        if to == BackTo::Quorum {
+            tags.extend(take_returned(channel, queue, note).await);
+            self.note(queue, tags.len());
+        }
+        give_back(channel, queue, &tags).await;
+    }
+}
+
+/// Gives deliveries back in order, so that they are in the queue again, in that order, when this resolves.
+pub(super) async fn give_back(channel: &IntakeChannel, queue: &str, tags: &[u64]) {
+    let mut ready = channel.count(queue).await.ok();
     for chunk in tags.chunks(BACK_AT_ONCE) {
-        let before = channel.count(queue).await;
         channel.give_back(chunk.iter().copied());
-        let Ok(before) = before else { continue };
+        let Some(before) = ready else { continue };
         let until = Instant::now() + BACK_WITHIN;
         // What is published meanwhile counts as well, so this may be over early; the next question is another delay.
-        while channel.count(queue).await.is_ok_and(|ready| ready < before + chunk.len() as u64)
-            && Instant::now() < until
-        {
+        loop {
+            ready = channel.count(queue).await.ok();
+            if ready.is_none_or(|ready| ready >= before + chunk.len() as u64) || Instant::now() >= until {
+                break;
+            }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
+}
+
+/// Takes what came back to a quorum queue before, up to the first message that was never handed out: what an earlier
+/// consumer left, and what RabbitMQ gives back by itself. That is what it had handed out to a consumer, and the channel
+/// came to after the consumer was cancelled. Returns the tags.
+pub(super) async fn take_returned(channel: &IntakeChannel, queue: &str, note: &Note) -> Vec<u64> {
+    let mut tags = Vec::new();
+    // No question comes first: what is ready is counted before, and a message asked for after what the channel has just
+    // given back has reached the queue.
+    while let Ok(Some(next)) = channel.answer(channel.channel.basic_get(short(queue), BasicGetOptions::default())).await
+    {
+        let came_back = next.redelivered;
+        tags.push(next.delivery.delivery_tag);
+        note(vec![next.delivery]);
+        if !came_back {
+            break;
+        }
+    }
+    tags
+}
+
+/// For deliveries of which nothing need be noted.
+pub(super) fn forget() -> Note {
+    Box::new(|_| ())
 }

@@ -99,6 +99,7 @@ async fn expire(shared: &Arc<Shared>, client: &Client, ttl_s: u64, ready: u64) -
             break;
         }
     }
+    harvest.finish().await;
     Ok(())
 }
 
@@ -138,9 +139,10 @@ async fn push_out(shared: &Arc<Shared>, client: &Client, excess: u64, ready: u64
         left = left.saturating_sub(dying.len() as u64);
         bury(shared, &client.id, with_attempts(dying), DeadReason::InboxFull).await?;
         if is_end {
-            return Ok(());
+            break;
         }
     }
+    harvest.finish().await;
     Ok(())
 }
 

@@ -387,6 +387,17 @@ impl Broker for AmqpBroker {
         self.shared.thread.run("set a broker user", task).await
     }
 
+    async fn lock_out(&self, client: &ClientId) -> Result<(), BrokerError> {
+        let (shared, client) = (Arc::clone(&self.shared), client.clone());
+        let task = async move {
+            match &shared.users {
+                Some(users) => users.lock_out(&client).await,
+                None => Ok(()),
+            }
+        };
+        self.shared.thread.run("lock a broker user out", task).await
+    }
+
     fn expect_passwords(&self, passwords: Vec<(ClientId, SaltedHash)>) {
         if let Some(users) = &self.shared.users {
             users.expect(passwords);

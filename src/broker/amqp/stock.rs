@@ -172,6 +172,8 @@ impl AmqpStock {
         let session = self.shared().session(&action())?;
         match session.control(async |channel| topology::look_at(channel, name).await).await {
             Err(error) if fault_of(&error) == Fault::NotFound => Ok((0, 0)),
+            // Just after RabbitMQ has started it may not know.
+            Ok((0, consumers)) => Ok((self.shared().count_ready(name).await?, consumers)),
             counted => counted.map_err(|error| broker_error(action(), error)),
         }
     }

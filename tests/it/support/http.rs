@@ -267,6 +267,13 @@ impl Client {
         eventually(&what, SOON, async || (self.record().await["queues"][name] == depth).then_some(())).await;
     }
 
+    /// The first page of its dead letters, of this length.
+    pub(crate) async fn dead_letters_up_to(&self, limit: usize) -> Vec<Value> {
+        let path = format!("/clients/{}/dead-letters?limit={limit}", self.id);
+        let page = self.get(&path).send().await.ok(200);
+        page["dead_letters"].as_array().expect("dead letters").clone()
+    }
+
     /// Its dead letters, once there are `count`.
     pub(crate) async fn dead_letters(&self, count: usize) -> Vec<Value> {
         eventually(&format!("{} has {count} dead letters", self.id), SOON, async || {
