@@ -7,17 +7,18 @@
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{Hash as _, Hasher as _};
 use std::ops::{Deref, DerefMut};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::amqp::{Peer, outgoing};
+use crate::support::amqp::{Peer, Received, outgoing};
 use crate::support::fixture::{BrokerKind, Fixture, Provision};
 use crate::support::http::{Client, messages, receipts};
 use crate::support::rabbitmq::VirtualHost;
-use crate::support::wait::SOON;
+use crate::support::wait::{SOON, pace};
 use crate::support::{TestApp, eventually};
 
 /// A router on a virtual host, and a peer there.
@@ -348,6 +349,31 @@ rabbitmq_tests! {
         // Its own broadcasts are what it has left.
         let left = json!({"outbox": 0, "notify": 0, "inbox": notify.len(), "dead": 0});
         eventually("nothing else is left", SOON, async || (sender.record().await["queues"] == left).then_some(())).await;
+    }
+
+    async fn looking_now_and_then_takes_no_more_and_more_out_of_a_queue(app: &mut AmqpApp) {
+        let client = app.onboard("client", &["x"]).await;
+        let batch: Vec<Value> = (0..1000).map(|n| json!({"topic": "x", "message": n})).collect();
+        client.send_all(batch.clone().into()).await;
+        for some in receipts(&client.receive_exactly(1000, "ack=manual").await).chunks(200) {
+            client.post("/nack").json(&json!({"receipts": some, "dead": true})).send().await.ok(200);
+        }
+        for _ in 0..8 {
+            assert_eq!(client.dead_letters_up_to(10).await.len(), 10);
+        }
+        client.send_all(batch.into()).await;
+        client.wait_for_depth("inbox", 1000).await;
+        // Apart, as a client that looks now and then: what was read ahead for one pull goes back before the next.
+        let mut rest = pace(Duration::from_millis(400));
+        for _ in 0..8 {
+            rest.tick().await;
+            assert_eq!(client.receive("max=10").await.len(), 10);
+        }
+        let came_back = |all: Vec<Received>| all.iter().filter(|one| one.redelivered).count();
+        let dead = came_back(app.peer.receive("client-dead", 1000).await);
+        assert!(dead < 200, "{dead} dead letters were taken out to show ten");
+        let pulled = came_back(app.peer.receive("client-inbox", 920).await);
+        assert!(pulled < 20, "{pulled} messages were taken out to hand out ten");
     }
 
     async fn an_inbox_is_read_by_amqp_as_by_http(app: &mut AmqpApp) {

@@ -49,10 +49,11 @@ pub(super) async fn delete(core: Rc<Core>, id: ClientId) -> Result<(), RegistryE
         entry.gate.open();
         core.shared.directory.put(entry);
         core.set_phase(&id, Phase::Present);
-        if let Some(password) = &core.with(&id, |client| client.entry.secrets.broker_password).flatten()
-            && let Err(error) = core.shared.broker.set_password(&id, password).await
-        {
-            log::warn!("{id} cannot log in at the broker until that is tried again: {error}");
+        if let Some(password) = &core.with(&id, |client| client.entry.secrets.broker_password).flatten() {
+            core.shared.broker.expect_passwords(vec![(id.clone(), *password)]);
+            if let Err(error) = core.shared.broker.set_password(&id, password).await {
+                log::warn!("{id} cannot log in at the broker until that is tried again: {error}");
+            }
         }
         log::warn!("client {id} was not deleted: {error}");
         return Err(error);

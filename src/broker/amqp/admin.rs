@@ -155,8 +155,11 @@ impl Shared {
         // A consumer that has just ended asks its queue for what is on its way; without the queue that would cost its
         // channel, and all who share it.
         for queue in [Queue::Outbox(id.clone()), Queue::Notify(id.clone()), Queue::Inbox(id.clone())] {
-            self.intake(&queue).turn(&queue.to_string()).await;
+            let name = queue.to_string();
+            self.intake(&queue).turn(&name).await;
+            self.returned.note(&name, 0);
         }
+        self.returned.note(&topology::dead(&id), 0);
         // First, so that it cannot write any more. When that cannot be done now, everything else is all the same.
         let without_user = match &self.users {
             Some(users) => users.remove(&id).await,

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::Shared;
 use super::consumer::{Pending, Rest};
 use super::held::Held;
-use super::intake::{BackTo, GivenBack, IntakeChannel, Left, Note, Subscription};
+use super::intake::{BackTo, First, GivenBack, IntakeChannel, Left, Note, Subscription};
 use crate::broker::Queue;
 
 impl Shared {
@@ -23,7 +23,7 @@ impl Shared {
         ended: Option<oneshot::Sender<()>>,
     ) {
         let channel = Arc::clone(&subscription.channel);
-        let first = self.tags_on(&channel, buffer);
+        let first = self.first_on(&channel, buffer);
         let note = self.note_of(queue);
         let left = Left::Back { to: self.back_to(queue), first, outstanding, note, ended };
         self.intake(queue).end(&self.thread, subscription, left);
@@ -41,8 +41,8 @@ impl Shared {
         let last = buffer.back().map(|held| Arc::clone(&held.channel));
         let (channel, rest) = rest.unzip();
         let first = channel.or(last).map(|channel| {
-            let tags = self.tags_on(&channel, buffer);
-            (channel, tags)
+            let first = self.first_on(&channel, buffer);
+            (channel, first)
         });
         if first.is_none() && pending.is_none() {
             return;
@@ -61,19 +61,20 @@ impl Shared {
         }
     }
 
-    /// Notes that these go back, and returns the tags of those that came on `channel`; others go back at once.
-    fn tags_on(&self, channel: &Arc<IntakeChannel>, buffer: impl IntoIterator<Item = Held>) -> Vec<u64> {
-        let mut tags = Vec::new();
+    /// Notes that these go back, and returns those that came on `channel`; others go back at once.
+    fn first_on(&self, channel: &Arc<IntakeChannel>, buffer: impl IntoIterator<Item = Held>) -> First {
+        let mut first = First::default();
         for held in buffer {
             // What came on an earlier channel went back with that.
             if Arc::ptr_eq(&held.channel, channel) {
                 self.memory.note(held.key, held.before);
-                tags.push(held.tag);
+                first.tags.push(held.tag);
+                first.came_back = held.came_back;
             } else {
                 self.give_back(&held);
             }
         }
-        tags
+        first
     }
 
     /// Notes that deliveries go back that nobody has looked at.

@@ -135,9 +135,10 @@ impl ConsumerCore {
         self.changed.notify_one();
     }
 
-    /// Whether RabbitMQ hands it deliveries.
+    /// Whether RabbitMQ hands it deliveries, or is about to.
     pub(super) fn is_subscribed(&self) -> bool {
-        self.state.lock().subscription.is_some()
+        let state = self.state.lock();
+        state.subscription.is_some() || state.in_transit.is_some()
     }
 
     /// When the oldest of what it holds came into the queue, in seconds since the epoch.
@@ -347,13 +348,16 @@ impl ConsumerCore {
     /// The prefetch to ask RabbitMQ for.
     fn wanted(&self) -> u16 {
         let asked = self.prefetch.load(Ordering::Relaxed).min(PREFETCH_MAX);
+        u16::try_from(asked).expect("it was bounded").min(self.largest_prefetch())
+    }
+
+    /// The most that it may be handed at a time, as long as messages are.
+    fn largest_prefetch(&self) -> u16 {
         let size = match self.average_size.load(Ordering::Relaxed) {
             0 => SIZE_AT_FIRST,
             size => size,
         };
-        let fitting = HELD_BYTES / size;
-        let fitting = u32::try_from(fitting.max(HELD_MIN)).unwrap_or(PREFETCH_MAX);
-        u16::try_from(asked.min(fitting)).expect("it was bounded")
+        u16::try_from((HELD_BYTES / size).max(HELD_MIN)).unwrap_or(u16::MAX)
     }
 
     /// Whether RabbitMQ is to be told anew: when more may be held, and when less fits by far. Otherwise
@@ -522,7 +526,8 @@ impl AmqpConsumer {
                 self.was_cancelled = false;
             }
             core.state.lock().in_transit = Some(Instant::now());
-            self.pending = shared.intake(&core.queue).subscribe(&core.name, self.core.wanted()).await;
+            let (wanted, most) = (core.wanted(), core.largest_prefetch());
+            self.pending = shared.intake(&core.queue).subscribe(&core.name, wanted, most).await;
         }
         let Some(pending) = &mut self.pending else { return core.land(&mut core.state.lock()) };
         let answer = tokio::select! {

@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
+use tokio::sync::oneshot;
 
+use super::Shared;
 use super::admin::set_apart_if_refused;
 use super::clients::Client;
 use super::error::{broker_error, unavailable};
 use super::intake::{self, Intake, IntakeChannel, Left, Note, Subscription};
-use super::{Shared, topology};
 use crate::broker::{BrokerError, Queue};
 use crate::config::QueueType;
 
@@ -38,26 +39,44 @@ pub(super) struct Harvest<'a> {
     size: usize,
     /// The last that was read had been given back before, and so may those be that are behind it.
     came_back: bool,
+    /// Deliveries that were read.
+    read: usize,
+    /// The last chunk was smaller than it might have been: RabbitMQ may have handed out more while it was cancelled.
+    is_short: bool,
     /// Told of what is read only to be given back.
     note: Note,
+    /// Keeps others from beginning to read it meanwhile.
+    _alone: Option<oneshot::Sender<()>>,
 }
 
 impl<'a> Harvest<'a> {
     /// Begins at the front of a queue that exists.
     pub(super) fn new(shared: &'a Shared, queue: String) -> Self {
         let intake = shared.chores(&queue, None);
-        Self::begin(shared, intake, queue, None, intake::forget())
+        Self::begin(shared, intake, queue, None, intake::forget(), None)
     }
 
-    /// Begins at the front of a client's inbox, which others may read as well, or keep from being read.
-    pub(super) fn of_inbox(shared: &'a Arc<Shared>, client: &'a Client) -> Self {
-        let queue = topology::inbox(&client.id);
-        let intake = shared.chores(&queue, Some(client));
-        Self::begin(shared, intake, queue, Some(client), shared.note_of(&Queue::Inbox(client.id.clone())))
+    /// Begins at the front of a client's inbox, which others may read as well, or keep from being read. Until it is
+    /// dropped nobody begins to.
+    pub(super) async fn of_inbox(shared: &'a Arc<Shared>, client: &'a Client) -> Self {
+        let queue = Queue::Inbox(client.id.clone());
+        let (name, note) = (queue.to_string(), shared.note_of(&queue));
+        let (readers, intake) = (shared.intake(&queue), shared.chores(&name, Some(client)));
+        // Unless it is on the channel of those readers itself: it would wait for itself.
+        let alone = if std::ptr::eq(readers, intake) { None } else { Some(readers.hold(&name).await) };
+        Self::begin(shared, intake, name, Some(client), note, alone)
     }
 
-    fn begin(shared: &'a Shared, intake: &'a Intake, queue: String, owner: Option<&'a Client>, note: Note) -> Self {
-        Self { shared, intake, queue, owner, kept: Vec::new(), size: SIZE_AT_FIRST, came_back: false, note }
+    fn begin(
+        shared: &'a Shared,
+        intake: &'a Intake,
+        queue: String,
+        owner: Option<&'a Client>,
+        note: Note,
+        alone: Option<oneshot::Sender<()>>,
+    ) -> Self {
+        let (kept, size, came_back, read, is_short) = (Vec::new(), SIZE_AT_FIRST, false, 0, false);
+        Self { shared, intake, queue, owner, kept, size, came_back, read, is_short, note, _alone: alone }
     }
 
     /// The next deliveries, at most this many; none when the end is reached.
@@ -65,7 +84,8 @@ impl<'a> Harvest<'a> {
         let action = || format!("read queue {}", self.queue);
         let fitting = (CHUNK_BYTES / self.size.max(1)).clamp(CHUNK_MIN, CHUNK_MAX);
         let prefetch = u16::try_from(most.clamp(1, fitting)).expect("the bound fits");
-        let pending = self.intake.subscribe(&self.queue, prefetch).await.ok_or_else(|| unavailable(action()))?;
+        let pending =
+            self.intake.subscribe(&self.queue, prefetch, prefetch).await.ok_or_else(|| unavailable(action()))?;
         let subscription = pending.await.map_err(|_| unavailable(action()))?;
         let mut subscription = subscription.map_err(|error| {
             if let Some(client) = self.owner {
@@ -76,11 +96,13 @@ impl<'a> Harvest<'a> {
         let channel = Arc::clone(&subscription.channel);
         let mut chunk = Vec::with_capacity(usize::from(prefetch));
         let result = self.fill(&mut subscription, &mut chunk).await;
-        let (sender, rest) = tokio::sync::oneshot::channel();
+        let (sender, rest) = oneshot::channel();
         self.intake.end(&self.shared.thread, subscription, Left::Kept(sender));
         // When it is dropped the channel is gone, and everything with it.
         chunk.extend(rest.await.unwrap_or_default());
         self.came_back = chunk.last().is_some_and(|delivery| delivery.redelivered);
+        self.is_short = chunk.len() < usize::from(prefetch);
+        self.read += chunk.len();
         if !chunk.is_empty() {
             self.size = chunk.iter().map(|delivery| delivery.data.len()).sum::<usize>() / chunk.len();
         }
@@ -137,17 +159,36 @@ impl<'a> Harvest<'a> {
     /// Reads, of a quorum queue, whatever else was given back before. It is younger than what this is about to give
     /// back, and would be in front of that.
     async fn read_on(&mut self) {
-        while self.came_back && !self.kept.is_empty() {
-            match self.next(CHUNK_MAX).await {
+        let (returned, before) = (&self.shared.returned, self.shared.returned.count(&self.queue));
+        let more = |this: &Self| match before {
+            Some(before) => before.saturating_sub(this.read),
+            // Not known, as after a restart.
+            None if this.came_back => CHUNK_MAX,
+            None => 0,
+        };
+        if self.kept.is_empty() {
+            return returned.note(&self.queue, before.map_or(0, |before| before.saturating_sub(self.read)));
+        }
+        while more(self) > 0 {
+            match self.next(more(self).min(CHUNK_MAX)).await {
+                Ok((chunk, _)) if chunk.is_empty() => break,
                 Ok((chunk, _)) => (self.note)(chunk),
-                Err(error) => return log::debug!("{error}; what it holds may be in another order from now on"),
+                Err(error) => {
+                    log::debug!("{error}; what it holds may be in another order from now on");
+                    return returned.note(&self.queue, 0);
+                }
             }
         }
-        if let Some((channel, _)) = self.kept.last() {
+        let mut has_fresh = false;
+        if self.is_short
+            && let Some((channel, _)) = self.kept.last()
+        {
             let channel = Arc::clone(channel);
-            let tags = intake::take_returned(&channel, &self.queue, &self.note).await;
+            let (tags, is_fresh) = intake::take_returned(&channel, &self.queue, &self.note).await;
             self.kept.extend(tags.into_iter().map(|tag| (Arc::clone(&channel), tag)));
+            has_fresh = is_fresh;
         }
+        returned.note(&self.queue, self.kept.len() - usize::from(has_fresh));
     }
 
     fn give_back(&mut self) {

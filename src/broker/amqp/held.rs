@@ -41,6 +41,8 @@ pub(super) struct Held {
     pub(super) channel: Arc<IntakeChannel>,
     /// Under this tag.
     pub(super) tag: u64,
+    /// It had come back to the queue before.
+    pub(super) came_back: bool,
     /// What it is remembered by.
     pub(super) key: u64,
     /// Its place among what its consumer was handed.
@@ -73,7 +75,18 @@ impl Held {
             foreign.message_id = memory.recall_id(key);
         }
         let channel = Arc::clone(channel);
-        Self { payload, counts, before, channel, tag, key, place: 0, since: Instant::now(), is_gone }
+        Self {
+            payload,
+            counts,
+            before,
+            channel,
+            tag,
+            came_back: redelivered,
+            key,
+            place: 0,
+            since: Instant::now(),
+            is_gone,
+        }
     }
 }
 

@@ -174,23 +174,32 @@ impl From<QueueType> for BackTo {
 pub(super) enum Left {
     /// It goes back to the queue: these first, which were taken out of it and not settled; then what nobody looked at,
     /// once that has been noted. `outstanding` were taken out and are not settled, these included.
-    Back { to: BackTo, first: Vec<u64>, outstanding: usize, note: Note, ended: Option<oneshot::Sender<()>> },
+    Back { to: BackTo, first: First, outstanding: usize, note: Note, ended: Option<oneshot::Sender<()>> },
     /// What nobody looked at is wanted still, on the same channel.
     Kept(oneshot::Sender<Vec<Delivery>>),
+}
+
+/// Deliveries that were taken out of a subscription and are not settled, in order.
+#[derive(Default)]
+pub(super) struct First {
+    /// Their tags.
+    pub(super) tags: Vec<u64>,
+    /// Whether the last of them had come back to the queue before.
+    pub(super) came_back: bool,
 }
 
 impl Left {
     /// Everything goes back; nobody has looked at anything, and nobody can say what kind of queue it is.
     fn all() -> Self {
-        Self::Back { to: BackTo::Quorum, first: Vec::new(), outstanding: 0, note: forget(), ended: None }
+        Self::Back { to: BackTo::Quorum, first: First::default(), outstanding: 0, note: forget(), ended: None }
     }
 }
 
 enum Command {
-    Subscribe { queue: String, prefetch: u16, reply: oneshot::Sender<Result<Subscription, lapin::Error>> },
+    Subscribe { queue: String, prefetch: u16, most: u16, reply: oneshot::Sender<Result<Subscription, lapin::Error>> },
     End { subscription: Box<Subscription>, left: Left },
     GiveBack(Box<GivenBack>),
-    Turn { queue: String, over: oneshot::Sender<()> },
+    Turn { queue: String, begun: oneshot::Sender<()>, until: Option<oneshot::Receiver<()>> },
 }
 
 /// What a consumer leaves that goes while its subscription is being made anew.
@@ -198,7 +207,7 @@ pub(super) struct GivenBack {
     /// The queue's name.
     pub(super) queue: String,
     /// What the subscription before had brought and was kept: its channel and tags, in order.
-    pub(super) first: Option<(Arc<IntakeChannel>, Vec<u64>)>,
+    pub(super) first: Option<(Arc<IntakeChannel>, First)>,
     /// What comes behind that, and was not looked at.
     pub(super) rest: Option<oneshot::Receiver<Vec<Delivery>>>,
     /// The next subscription, with what comes behind that.
@@ -211,7 +220,7 @@ pub(super) struct GivenBack {
 
 impl GivenBack {
     /// What it waits for had its turn before.
-    async fn give_back(self, back: &Back) {
+    async fn give_back(self, returned: &Returned) {
         let Self { queue, first, rest, pending, note, to } = self;
         let rest = match rest {
             Some(rest) => rest.await.unwrap_or_default(),
@@ -221,22 +230,23 @@ impl GivenBack {
             Some(pending) => pending.await.ok().and_then(Result::ok),
             None => None,
         };
-        let (channel, mut tags) = first.unzip();
-        let tags = tags.get_or_insert_default();
+        let (channel, first) = first.unzip();
+        let First { mut tags, came_back } = first.unwrap_or_default();
+        let came_back = rest.last().map_or(came_back, |last| last.redelivered);
         tags.extend(tags_of(&rest));
         note(rest);
         match (subscription, channel) {
             (Some(subscription), Some(channel)) if Arc::ptr_eq(&subscription.channel, &channel) => {
                 // None of these counts against its prefetch.
-                let first = std::mem::take(tags);
-                end(subscription, Left::Back { to, first, outstanding: 0, note, ended: None }, back).await;
+                let first = First { tags, came_back };
+                end(subscription, Left::Back { to, first, outstanding: 0, note, ended: None }, returned).await;
             }
             // What came on an earlier channel went back with that.
             (Some(subscription), _) => {
-                let left = Left::Back { to, first: Vec::new(), outstanding: 0, note, ended: None };
-                end(subscription, left, back).await;
+                let left = Left::Back { to, first: First::default(), outstanding: 0, note, ended: None };
+                end(subscription, left, returned).await;
             }
-            (None, Some(channel)) => back.give_back(&channel, &queue, std::mem::take(tags), to, &note).await,
+            (None, Some(channel)) => give_back_all(&channel, &queue, tags, to, true, &note, returned).await,
             (None, None) => {}
         }
     }
@@ -264,22 +274,29 @@ pub(super) struct Intake {
 
 impl Intake {
     /// Starts one on the connection for `role` of each session.
-    pub(super) fn start(thread: &AmqpThread, role: Role, link: watch::Receiver<Link>) -> Self {
+    pub(super) fn start(
+        thread: &AmqpThread,
+        role: Role,
+        link: watch::Receiver<Link>,
+        returned: &Arc<Returned>,
+    ) -> Self {
         let (sender, commands) = mpsc::channel(COMMANDS_WAITING);
         let under_way = Arc::new(AtomicUsize::new(0));
-        thread.spawn(run(thread.handle(), role, link, commands));
+        thread.spawn(run(thread.handle(), role, link, Arc::clone(returned), commands));
         Self { commands: sender, under_way }
     }
 
     /// Subscribes to a queue that is known to exist: if it does not, the channel is closed under all of its consumers.
+    /// The prefetch may be larger than asked, up to `most`, so that all that came back is handed out together.
     /// The receiver must be kept until it resolves, or what the subscription is handed stays with it.
     pub(super) async fn subscribe(
         &self,
         queue: &str,
         prefetch: u16,
+        most: u16,
     ) -> Option<oneshot::Receiver<Result<Subscription, lapin::Error>>> {
         let (reply, receiver) = oneshot::channel();
-        let command = Command::Subscribe { queue: queue.to_owned(), prefetch, reply };
+        let command = Command::Subscribe { queue: queue.to_owned(), prefetch, most, reply };
         self.commands.send((command, Done::after(&self.under_way))).await.ok().map(|()| receiver)
     }
 
@@ -290,8 +307,19 @@ impl Intake {
 
     /// Waits until what was asked for a queue before this is done.
     pub(super) async fn turn(&self, queue: &str) {
-        let (over, receiver) = oneshot::channel();
-        let command = Command::Turn { queue: queue.to_owned(), over };
+        self.take_turn(queue, None).await;
+    }
+
+    /// The same; and nobody subscribes to it here while what this returns is there.
+    pub(super) async fn hold(&self, queue: &str) -> oneshot::Sender<()> {
+        let (held, until) = oneshot::channel();
+        self.take_turn(queue, Some(until)).await;
+        held
+    }
+
+    async fn take_turn(&self, queue: &str, until: Option<oneshot::Receiver<()>>) {
+        let (begun, receiver) = oneshot::channel();
+        let command = Command::Turn { queue: queue.to_owned(), begun, until };
         if self.commands.send((command, Done::after(&self.under_way))).await.is_ok() {
             // Dropped, not sent.
             let _ = receiver.await;
@@ -331,44 +359,49 @@ async fn run(
     handle: tokio::runtime::Handle,
     role: Role,
     link: watch::Receiver<Link>,
+    returned: Arc<Returned>,
     mut commands: mpsc::Receiver<(Command, Done)>,
 ) {
     let open = Open::default();
-    let back = Arc::new(Back::default());
     let mut turns = Turns::default();
     while let Some((command, done)) = commands.recv().await {
         match command {
-            Command::Subscribe { queue, prefetch, reply } => {
+            Command::Subscribe { queue, prefetch, most, reply } => {
                 let (turn, open, link) = (turns.next(&queue), Arc::clone(&open), link.clone());
-                let back = Arc::clone(&back);
+                let returned = Arc::clone(&returned);
                 handle.spawn(async move {
                     let _turn = (turn.begin().await, done);
-                    let answer = subscribe(role, &link, &open, &queue, back.prefetch(&queue, prefetch)).await;
+                    let prefetch = returned.prefetch(&queue, prefetch, most);
+                    let answer = subscribe(role, &link, &open, &queue, prefetch).await;
                     // Nobody waits for it any more, or is told.
                     if let Err(Ok(orphan)) = reply.send(answer) {
-                        end(orphan, Left::all(), &back).await;
+                        end(orphan, Left::all(), &returned).await;
                     }
                 });
             }
             Command::End { subscription, left } => {
-                let (turn, back) = (turns.next(&subscription.queue), Arc::clone(&back));
+                let (turn, returned) = (turns.next(&subscription.queue), Arc::clone(&returned));
                 handle.spawn(async move {
                     let _turn = (turn.begin().await, done);
-                    end(*subscription, left, &back).await;
+                    end(*subscription, left, &returned).await;
                 });
             }
             Command::GiveBack(given) => {
-                let (turn, back) = (turns.next(&given.queue), Arc::clone(&back));
+                let (turn, returned) = (turns.next(&given.queue), Arc::clone(&returned));
                 handle.spawn(async move {
                     let _turn = (turn.begin().await, done);
-                    given.give_back(&back).await;
+                    given.give_back(&returned).await;
                 });
             }
-            Command::Turn { queue, over } => {
+            Command::Turn { queue, begun, until } => {
                 let turn = turns.next(&queue);
                 handle.spawn(async move {
                     let _turn = (turn.begin().await, done);
-                    drop(over);
+                    drop(begun);
+                    if let Some(until) = until {
+                        // Dropped, not sent.
+                        let _ = until.await;
+                    }
                 });
             }
         }
@@ -489,7 +522,7 @@ fn begin(
     }
 }
 
-async fn end(mut subscription: Subscription, left: Left, back: &Back) {
+async fn end(mut subscription: Subscription, left: Left, returned: &Returned) {
     let channel = Arc::clone(&subscription.channel);
     let mut rest = Vec::new();
     if let Left::Back { outstanding, to: BackTo::Classic | BackTo::Quorum, .. } = &left {
@@ -503,20 +536,20 @@ async fn end(mut subscription: Subscription, left: Left, back: &Back) {
         let _ = channel.answer(cancelled).await;
     }
     drain(&mut subscription, &mut rest);
-    if !channel.is_alive() {
-        back.note(&subscription.queue, usize::from(subscription.prefetch));
-    }
+    let queue = &subscription.queue;
     match left {
         Left::Kept(wanted) => {
-            back.keep(&subscription.queue);
             if let Err(rest) = wanted.send(rest) {
-                back.give_back(&channel, &subscription.queue, tags_of(&rest), BackTo::Quorum, &forget()).await;
+                give_back_all(&channel, queue, tags_of(&rest), BackTo::Quorum, true, &forget(), returned).await;
             }
         }
-        Left::Back { to, first, note, ended, .. } => {
-            let tags: Vec<u64> = first.into_iter().chain(tags_of(&rest)).collect();
+        Left::Back { to, first, outstanding, note, ended } => {
+            let is_full = outstanding + rest.len() >= usize::from(subscription.prefetch);
+            let came_back = rest.last().map_or(first.came_back, |last| last.redelivered);
+            let tags: Vec<u64> = first.tags.into_iter().chain(tags_of(&rest)).collect();
             note(rest);
-            back.give_back(&channel, &subscription.queue, tags, to, &note).await;
+            // To one that is full RabbitMQ hands out nothing, and so has nothing to give back by itself.
+            give_back_all(&channel, queue, tags, to, came_back || !is_full, &note, returned).await;
             if let Some(ended) = ended {
                 // Who asked may be gone.
                 let _ = ended.send(());
@@ -552,51 +585,74 @@ fn tags_of(deliveries: &[Delivery]) -> Vec<u64> {
     deliveries.iter().map(|delivery| delivery.delivery_tag).collect()
 }
 
-/// What goes back to queues, in order, and how much of it comes again.
+/// How many messages came back to each quorum queue, where that is known.
 ///
 /// A quorum queue hands out first what came back to it, in the order in which it came back. So that order holds, whoever
 /// gives something back must have all that came back before, which is younger.
 #[derive(Default)]
-struct Back {
-    /// By queue, how many messages came back to it last. The next subscription must be able to have them all at once.
-    last: Mutex<HashMap<String, u16>>,
+pub(super) struct Returned(Mutex<HashMap<String, usize>>);
+
+impl Returned {
+    /// Messages that came back to a queue and are in front of all others there.
+    pub(super) fn count(&self, queue: &str) -> Option<usize> {
+        self.0.lock().get(queue).copied()
+    }
+
+    /// So many came back; none means that it is not known.
+    pub(super) fn note(&self, queue: &str, count: usize) {
+        let mut counts = self.0.lock();
+        if count == 0 {
+            counts.remove(queue);
+        } else {
+            counts.insert(queue.to_owned(), count);
+        }
+    }
+
+    /// The prefetch for a subscription: as much as it asks for, or all that came back, within what it may have.
+    fn prefetch(&self, queue: &str, asked: u16, most: u16) -> u16 {
+        let all = self.count(queue).map_or(0, |count| u16::try_from(count).unwrap_or(u16::MAX));
+        asked.max(all.min(most))
+    }
 }
 
-impl Back {
-    /// The prefetch for a subscription that asks for this one.
-    fn prefetch(&self, queue: &str, asked: u16) -> u16 {
-        self.last.lock().get(queue).map_or(asked, |last| asked.max(*last))
-    }
-
-    fn note(&self, queue: &str, count: usize) {
-        self.last.lock().insert(queue.to_owned(), u16::try_from(count).unwrap_or(u16::MAX));
-    }
-
-    /// Nothing came back, or what did is here again.
-    fn keep(&self, queue: &str) {
-        self.last.lock().remove(queue);
-    }
-
-    /// Gives deliveries back in order, so that they are in the queue again, in that order, when this resolves. Nobody
-    /// consumes it on this channel meanwhile.
-    async fn give_back(&self, channel: &IntakeChannel, queue: &str, mut tags: Vec<u64>, to: BackTo, note: &Note) {
-        if to == BackTo::Nowhere || tags.is_empty() && channel.is_alive() {
-            self.keep(queue);
+/// Gives back what a subscription was handed, in order, so that it is in the queue again when this resolves. Nobody
+/// consumes it on this channel meanwhile. `may_be_more` says whether younger messages may have come back before.
+async fn give_back_all(
+    channel: &Arc<IntakeChannel>,
+    queue: &str,
+    mut tags: Vec<u64>,
+    to: BackTo,
+    may_be_more: bool,
+    note: &Note,
+    returned: &Returned,
+) {
+    match to {
+        // It has given everything back already.
+        _ if !channel.is_alive() => returned.note(queue, 0),
+        BackTo::Nowhere => {
+            returned.note(queue, 0);
+            channel.give_back(tags);
         }
-        if to == BackTo::Nowhere || tags.is_empty() || !channel.is_alive() {
-            // A channel that is dead has given everything back already.
-            return channel.give_back(tags);
+        BackTo::Classic => give_back(channel, queue, &tags).await,
+        BackTo::Quorum => {
+            let (more, has_fresh) = match may_be_more && !tags.is_empty() {
+                true => take_returned(channel, queue, note).await,
+                false => (Vec::new(), false),
+            };
+            tags.extend(more);
+            // One that was taken to see that it never came back before does not count: looked at again and again, all
+            // the queue would come to be taken out of it.
+            returned.note(queue, tags.len() - usize::from(has_fresh));
+            give_back(channel, queue, &tags).await;
         }
-        if to == BackTo::Quorum {
-            tags.extend(take_returned(channel, queue, note).await);
-            self.note(queue, tags.len());
-        }
-        give_back(channel, queue, &tags).await;
     }
 }
 
 /// Gives deliveries back in order, so that they are in the queue again, in that order, when this resolves.
 pub(super) async fn give_back(channel: &IntakeChannel, queue: &str, tags: &[u64]) {
+    if tags.is_empty() {
+        return;
+    }
     let mut ready = channel.count(queue).await.ok();
     for chunk in tags.chunks(BACK_AT_ONCE) {
         channel.give_back(chunk.iter().copied());
@@ -615,21 +671,39 @@ pub(super) async fn give_back(channel: &IntakeChannel, queue: &str, tags: &[u64]
 
 /// Takes what came back to a quorum queue before, up to the first message that was never handed out: what an earlier
 /// consumer left, and what RabbitMQ gives back by itself. That is what it had handed out to a consumer, and the channel
-/// came to after the consumer was cancelled. Returns the tags.
-pub(super) async fn take_returned(channel: &IntakeChannel, queue: &str, note: &Note) -> Vec<u64> {
+/// came to after the consumer was cancelled. Returns the tags, and whether the last is of one that never came back.
+pub(super) async fn take_returned(channel: &Arc<IntakeChannel>, queue: &str, note: &Note) -> (Vec<u64>, bool) {
     let mut tags = Vec::new();
-    // No question comes first: what is ready is counted before, and a message asked for after what the channel has just
-    // given back has reached the queue.
-    while let Ok(Some(next)) = channel.answer(channel.channel.basic_get(short(queue), BasicGetOptions::default())).await
-    {
+    // No question comes first: what is ready is counted before, and a message asked for after, what the channel has
+    // just given back has reached the queue.
+    while let Some(next) = take_one(channel, queue).await {
         let came_back = next.redelivered;
-        tags.push(next.delivery.delivery_tag);
-        note(vec![next.delivery]);
+        tags.push(next.delivery_tag);
+        note(vec![next]);
         if !came_back {
-            break;
+            return (tags, true);
         }
     }
-    tags
+    (tags, false)
+}
+
+/// Takes the first message of a queue, if there is one. One that comes too late goes back.
+async fn take_one(channel: &Arc<IntakeChannel>, queue: &str) -> Option<Delivery> {
+    let (asked, name) = (channel.channel.clone(), short(queue));
+    let mut get = Box::pin(async move { asked.basic_get(name, BasicGetOptions::default()).await });
+    match channel.answer(&mut get).await {
+        Ok(message) => message.map(|message| message.delivery),
+        Err(error) => {
+            log::debug!("a message of {queue} does not come: {error}");
+            let channel = Arc::clone(channel);
+            tokio::spawn(async move {
+                if let Ok(Some(late)) = get.await {
+                    channel.give_back([late.delivery.delivery_tag]);
+                }
+            });
+            None
+        }
+    }
 }
 
 /// For deliveries of which nothing need be noted.

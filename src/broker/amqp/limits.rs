@@ -86,7 +86,10 @@ async fn expire(shared: &Arc<Shared>, client: &Client, ttl_s: u64, ready: u64) -
     if ready == 0 || now_s < client.next_look_s() || client.is_inbox_read() {
         return Ok(());
     }
-    let mut harvest = Harvest::of_inbox(shared, client);
+    let mut harvest = Harvest::of_inbox(shared, client).await;
+    if client.is_inbox_read() {
+        return Ok(());
+    }
     for _ in 0..CHUNKS_MAX {
         let Chunk { dying, next, is_end } = take_chunk(shared, client, &mut harvest, CHUNK, |held| {
             let expires_s = expires_s(held);
@@ -129,7 +132,10 @@ async fn push_out(shared: &Arc<Shared>, client: &Client, excess: u64, ready: u64
         bury(shared, &client.id, with_attempts(oldest), DeadReason::InboxFull).await?;
     }
     let mut left = left.min(ready);
-    let mut harvest = Harvest::of_inbox(shared, client);
+    if left == 0 {
+        return Ok(());
+    }
+    let mut harvest = Harvest::of_inbox(shared, client).await;
     for _ in 0..CHUNKS_MAX {
         if left == 0 {
             break;

@@ -77,7 +77,7 @@ use self::consumer::{AmqpConsumer, ConsumerCore};
 use self::dedup::Dedup;
 use self::error::db_error;
 use self::held::ReturnMemory;
-use self::intake::Intake;
+use self::intake::{Intake, Returned};
 use self::lane::Lane;
 use self::link::Link;
 use self::management::Management;
@@ -157,6 +157,7 @@ struct Shared {
     /// For inboxes of clients that are set apart.
     apart_intake: Intake,
     chore_intakes: Vec<Intake>,
+    returned: Arc<Returned>,
     dedup: Dedup,
     memory: ReturnMemory,
     sealer: seal::Sealer,
@@ -315,8 +316,9 @@ async fn start(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<Sha
     let dedup = Dedup::open(db.clone(), options.dedup_window).await.map_err(|error| db_error(action, error))?;
     let thread = AmqpThread::start()?;
     let link = watch::Sender::new(Link::Down("not connected yet".into()));
+    let returned = Arc::new(Returned::default());
     let lanes = |role, count| (0..count).map(|_| Lane::start(&thread, role, link.subscribe())).collect();
-    let intakes = |role, count| (0..count).map(|_| Intake::start(&thread, role, link.subscribe())).collect();
+    let intakes = |role, count| (0..count).map(|_| Intake::start(&thread, role, link.subscribe(), &returned)).collect();
     let shared = Arc::new(Shared {
         trusted: addresses.trusted(),
         addresses,
@@ -325,8 +327,9 @@ async fn start(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<Sha
         relay: lanes(Role::Relay, LANES + 1),
         pipeline_intakes: intakes(Role::Pipeline, PIPELINE_INTAKES + 1),
         inbox_intakes: intakes(Role::Inboxes, INBOX_INTAKES),
-        apart_intake: Intake::start(&thread, Role::Inboxes, link.subscribe()),
+        apart_intake: Intake::start(&thread, Role::Inboxes, link.subscribe(), &returned),
         chore_intakes: intakes(Role::Control, CHORE_INTAKES),
+        returned,
         options,
         thread,
         db,
@@ -391,7 +394,7 @@ impl Broker for AmqpBroker {
         let (shared, client) = (Arc::clone(&self.shared), client.clone());
         let task = async move {
             match &shared.users {
-                Some(users) => users.lock_out(&client).await,
+                Some(users) => users.remove(&client).await,
                 None => Ok(()),
             }
         };

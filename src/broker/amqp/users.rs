@@ -59,14 +59,7 @@ impl Users {
         Ok(())
     }
 
-    /// Deletes a client's user, and ends its connections with it. When the next comparison finds it missing, it is made
-    /// again.
-    pub(super) async fn lock_out(&self, client: &ClientId) -> Result<(), BrokerError> {
-        let _turn = self.turn.read().await;
-        self.management.delete_user(client).await
-    }
-
-    /// Deletes a client's user, if it has one, for good.
+    /// Deletes a client's user, if it has one, and ends its connections with it.
     pub(super) async fn remove(&self, client: &ClientId) -> Result<(), BrokerError> {
         let _turn = self.turn.read().await;
         // First: nobody is to make it anew, whether or not it can be deleted now.

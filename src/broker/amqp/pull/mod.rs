@@ -153,9 +153,9 @@ impl Puller {
         self.client.upgrade().is_none_or(|client| client.is_gone())
     }
 
-    /// Whether RabbitMQ hands it deliveries.
+    /// Whether RabbitMQ hands it deliveries, or is about to, or some are on their way back.
     pub(super) fn is_subscribed(&self) -> bool {
-        matches!(self.inner.lock().phase, Phase::Subscribed(_))
+        !matches!(self.inner.lock().phase, Phase::Idle)
     }
 
     /// When the oldest of what it holds came into the inbox, in seconds since the epoch.

@@ -41,7 +41,8 @@ pub(super) async fn run(puller: Arc<Puller>) {
             Next::Stop => return,
             Next::Subscribe(prefetch) => {
                 let intake = puller.shared.intake(&puller.queue);
-                match intake.subscribe(&puller.name, prefetch).await {
+                let most = largest_prefetch(&puller.inner.lock());
+                match intake.subscribe(&puller.name, prefetch, most).await {
                     Some(pending) => puller.inner.lock().phase = Phase::Subscribing(pending),
                     None => return puller.inner.lock().is_running = false,
                 }
@@ -187,7 +188,12 @@ impl Puller {
 
 /// The prefetch that the present pulls ask for.
 pub(super) fn prefetch(inner: &Inner) -> u16 {
+    let wanted = u16::try_from(inner.wanted.clamp(PREFETCH_MIN, PREFETCH_MAX)).expect("the bound fits");
+    wanted.min(largest_prefetch(inner))
+}
+
+/// The most that may be handed over at a time, as long as messages are.
+fn largest_prefetch(inner: &Inner) -> u16 {
     let fitting = BUFFER_BYTES / inner.store.average_size().max(1);
-    let most = fitting.clamp(PREFETCH_MIN, PREFETCH_MAX);
-    u16::try_from(inner.wanted.clamp(PREFETCH_MIN, most)).expect("the bound fits")
+    u16::try_from(fitting.clamp(PREFETCH_MIN, PREFETCH_MAX)).expect("the bound fits")
 }
