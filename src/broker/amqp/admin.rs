@@ -148,18 +148,18 @@ impl Shared {
         if let Some(client) = &client {
             client.end();
         }
-        let _turn = match &client {
-            Some(client) => Some(client.take_admin_turn().await),
-            None => None,
-        };
         // A consumer that has just ended asks its queue for what is on its way; without the queue that would cost its
-        // channel, and all who share it.
+        // channel, and all who share it. Before the next turn: whoever looks at the inbox may need that.
         for queue in [Queue::Outbox(id.clone()), Queue::Notify(id.clone()), Queue::Inbox(id.clone())] {
             let name = queue.to_string();
             self.intake(&queue).turn(&name).await;
             self.returned.note(&name, 0);
         }
         self.returned.note(&topology::dead(&id), 0);
+        let _turn = match &client {
+            Some(client) => Some(client.take_admin_turn().await),
+            None => None,
+        };
         // First, so that it cannot write any more. When that cannot be done now, everything else is all the same.
         let without_user = match &self.users {
             Some(users) => users.remove(&id).await,

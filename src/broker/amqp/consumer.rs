@@ -298,6 +298,7 @@ impl ConsumerCore {
     /// again, or is gone with the queue. Returns whether it was not the channel.
     fn lose(&self, state: &mut State) -> bool {
         let ended = state.subscription.take();
+        self.shared.returned.note(&self.name, 0);
         for held in state.buffer.drain(..) {
             self.shared.give_back(&held);
         }
@@ -419,6 +420,8 @@ impl ConsumerCore {
         let channel = Arc::clone(&subscription.channel);
         let (sender, rest) = oneshot::channel();
         self.shared.intake(&self.queue).end(&self.shared.thread, subscription, Left::Kept(sender));
+        // What came back is here, and stays here.
+        self.shared.returned.note(&self.name, 0);
         state.rest = Some((channel, rest));
         state.in_transit = Some(Instant::now());
     }

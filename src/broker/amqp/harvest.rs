@@ -61,9 +61,9 @@ impl<'a> Harvest<'a> {
     pub(super) async fn of_inbox(shared: &'a Arc<Shared>, client: &'a Client) -> Self {
         let queue = Queue::Inbox(client.id.clone());
         let (name, note) = (queue.to_string(), shared.note_of(&queue));
-        let (readers, intake) = (shared.intake(&queue), shared.chores(&name, Some(client)));
-        // Unless it is on the channel of those readers itself: it would wait for itself.
-        let alone = if std::ptr::eq(readers, intake) { None } else { Some(readers.hold(&name).await) };
+        // One that is read apart is looked at on the same channel as it is read, and would wait for itself.
+        let alone = if client.is_apart() { None } else { Some(shared.intake(&queue).hold(&name).await) };
+        let intake = shared.chores(&name, Some(client));
         Self::begin(shared, intake, name, Some(client), note, alone)
     }
 
@@ -161,10 +161,11 @@ impl<'a> Harvest<'a> {
     async fn read_on(&mut self) {
         let (returned, before) = (&self.shared.returned, self.shared.returned.count(&self.queue));
         let more = |this: &Self| match before {
-            Some(before) => before.saturating_sub(this.read),
-            // Not known, as after a restart.
-            None if this.came_back => CHUNK_MAX,
-            None => 0,
+            Some(before) if before > this.read => before - this.read,
+            Some(before) if before == this.read => 0,
+            // It was not known, as after a restart, or somebody else has given something back.
+            Some(_) | None if this.came_back => CHUNK_MAX,
+            Some(_) | None => 0,
         };
         if self.kept.is_empty() {
             return returned.note(&self.queue, before.map_or(0, |before| before.saturating_sub(self.read)));
@@ -179,19 +180,20 @@ impl<'a> Harvest<'a> {
                 }
             }
         }
-        let mut has_fresh = false;
         if self.is_short
             && let Some((channel, _)) = self.kept.last()
         {
             let channel = Arc::clone(channel);
-            let (tags, is_fresh) = intake::take_returned(&channel, &self.queue, &self.note).await;
+            let tags = intake::take_returned(&channel, &self.queue, &self.note).await;
             self.kept.extend(tags.into_iter().map(|tag| (Arc::clone(&channel), tag)));
-            has_fresh = is_fresh;
         }
-        returned.note(&self.queue, self.kept.len() - usize::from(has_fresh));
+        returned.note(&self.queue, self.kept.len());
     }
 
     fn give_back(&mut self) {
+        if !self.kept.is_empty() {
+            self.shared.returned.note(&self.queue, 0);
+        }
         for (channel, tag) in self.kept.drain(..) {
             channel.give_back([tag]);
         }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use futures_util::future::FusedFuture as _;
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
 use lapin::options::{
@@ -127,6 +128,8 @@ pub(super) struct Subscription {
     pub(super) channel: Arc<IntakeChannel>,
     /// How much it may be handed unsettled.
     pub(super) prefetch: u16,
+    /// That includes all that had come back to the queue when it began.
+    has_all_returned: bool,
     /// The queue's name.
     queue: String,
     /// The answer to its being cancelled, when that has begun.
@@ -372,7 +375,9 @@ async fn run(
                 handle.spawn(async move {
                     let _turn = (turn.begin().await, done);
                     let prefetch = returned.prefetch(&queue, prefetch, most);
+                    let has_all_returned = returned.count(&queue).is_some_and(|count| count <= usize::from(prefetch));
                     let answer = subscribe(role, &link, &open, &queue, prefetch).await;
+                    let answer = answer.map(|subscription| Subscription { has_all_returned, ..subscription });
                     // Nobody waits for it any more, or is told.
                     if let Err(Ok(orphan)) = reply.send(answer) {
                         end(orphan, Left::all(), &returned).await;
@@ -518,7 +523,7 @@ fn begin(
             Some(result) => result?,
             None => consume.await?,
         };
-        Ok(Subscription { consumer, channel, prefetch, queue, cancelled: None })
+        Ok(Subscription { consumer, channel, prefetch, has_all_returned: false, queue, cancelled: None })
     }
 }
 
@@ -544,12 +549,15 @@ async fn end(mut subscription: Subscription, left: Left, returned: &Returned) {
             }
         }
         Left::Back { to, first, outstanding, note, ended } => {
-            let is_full = outstanding + rest.len() >= usize::from(subscription.prefetch);
+            // Only what nobody else can settle: when others have made room, RabbitMQ has handed out more.
+            let firm = outstanding.min(first.tags.len()) + rest.len();
+            let is_full = firm >= usize::from(subscription.prefetch);
             let came_back = rest.last().map_or(first.came_back, |last| last.redelivered);
             let tags: Vec<u64> = first.tags.into_iter().chain(tags_of(&rest)).collect();
             note(rest);
             // To one that is full RabbitMQ hands out nothing, and so has nothing to give back by itself.
-            give_back_all(&channel, queue, tags, to, came_back || !is_full, &note, returned).await;
+            let may_be_more = !is_full || came_back && !subscription.has_all_returned;
+            give_back_all(&channel, queue, tags, to, may_be_more, &note, returned).await;
             if let Some(ended) = ended {
                 // Who asked may be gone.
                 let _ = ended.send(());
@@ -635,14 +643,10 @@ async fn give_back_all(
         }
         BackTo::Classic => give_back(channel, queue, &tags).await,
         BackTo::Quorum => {
-            let (more, has_fresh) = match may_be_more && !tags.is_empty() {
-                true => take_returned(channel, queue, note).await,
-                false => (Vec::new(), false),
-            };
-            tags.extend(more);
-            // One that was taken to see that it never came back before does not count: looked at again and again, all
-            // the queue would come to be taken out of it.
-            returned.note(queue, tags.len() - usize::from(has_fresh));
+            if may_be_more && !tags.is_empty() {
+                tags.extend(take_returned(channel, queue, note).await);
+            }
+            returned.note(queue, tags.len());
             give_back(channel, queue, &tags).await;
         }
     }
@@ -671,8 +675,8 @@ pub(super) async fn give_back(channel: &IntakeChannel, queue: &str, tags: &[u64]
 
 /// Takes what came back to a quorum queue before, up to the first message that was never handed out: what an earlier
 /// consumer left, and what RabbitMQ gives back by itself. That is what it had handed out to a consumer, and the channel
-/// came to after the consumer was cancelled. Returns the tags, and whether the last is of one that never came back.
-pub(super) async fn take_returned(channel: &Arc<IntakeChannel>, queue: &str, note: &Note) -> (Vec<u64>, bool) {
+/// came to after the consumer was cancelled. Returns the tags, that first one's included.
+pub(super) async fn take_returned(channel: &Arc<IntakeChannel>, queue: &str, note: &Note) -> Vec<u64> {
     let mut tags = Vec::new();
     // No question comes first: what is ready is counted before, and a message asked for after, what the channel has
     // just given back has reached the queue.
@@ -681,26 +685,28 @@ pub(super) async fn take_returned(channel: &Arc<IntakeChannel>, queue: &str, not
         tags.push(next.delivery_tag);
         note(vec![next]);
         if !came_back {
-            return (tags, true);
+            break;
         }
     }
-    (tags, false)
+    tags
 }
 
 /// Takes the first message of a queue, if there is one. One that comes too late goes back.
 async fn take_one(channel: &Arc<IntakeChannel>, queue: &str) -> Option<Delivery> {
     let (asked, name) = (channel.channel.clone(), short(queue));
-    let mut get = Box::pin(async move { asked.basic_get(name, BasicGetOptions::default()).await });
+    let mut get = Box::pin(async move { asked.basic_get(name, BasicGetOptions::default()).await }.fuse());
     match channel.answer(&mut get).await {
         Ok(message) => message.map(|message| message.delivery),
         Err(error) => {
             log::debug!("a message of {queue} does not come: {error}");
-            let channel = Arc::clone(channel);
-            tokio::spawn(async move {
-                if let Ok(Some(late)) = get.await {
-                    channel.give_back([late.delivery.delivery_tag]);
-                }
-            });
+            if !get.is_terminated() {
+                let channel = Arc::clone(channel);
+                tokio::spawn(async move {
+                    if let Ok(Some(late)) = get.await {
+                        channel.give_back([late.delivery.delivery_tag]);
+                    }
+                });
+            }
             None
         }
     }

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::Shared;
 use super::clients::Client;
+use super::error::unavailable;
 use super::harvest::Harvest;
 use super::held::Held;
 use super::settle::bury;
@@ -97,7 +98,7 @@ async fn expire(shared: &Arc<Shared>, client: &Client, ttl_s: u64, ready: u64) -
         })
         .await?;
         client.set_next_look_s(next.unwrap_or(0).min(now_s + LOOK_AGAIN_S));
-        bury(shared, &client.id, with_attempts(dying), DeadReason::Expired).await?;
+        bury_if_taken(shared, client, dying, DeadReason::Expired).await?;
         if is_end || next.is_some() {
             break;
         }
@@ -143,7 +144,7 @@ async fn push_out(shared: &Arc<Shared>, client: &Client, excess: u64, ready: u64
         let most = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
         let Chunk { dying, is_end, .. } = take_chunk(shared, client, &mut harvest, most, |_| Ok(())).await?;
         left = left.saturating_sub(dying.len() as u64);
-        bury(shared, &client.id, with_attempts(dying), DeadReason::InboxFull).await?;
+        bury_if_taken(shared, client, dying, DeadReason::InboxFull).await?;
         if is_end {
             break;
         }
@@ -189,6 +190,24 @@ async fn take_chunk(
     let tags: Vec<u64> = dying.iter().map(|held| held.tag).collect();
     harvest.release(&channel, &tags);
     Ok(Chunk { dying, next, is_end })
+}
+
+/// Makes dead letters of these. When RabbitMQ ceases to take messages meanwhile that is not waited for: it goes on by
+/// itself, and the inbox can be read.
+async fn bury_if_taken(
+    shared: &Arc<Shared>,
+    client: &Client,
+    dying: Vec<Held>,
+    reason: DeadReason,
+) -> Result<(), BrokerError> {
+    let action = || format!("make dead letters of {}", client.id);
+    let mut blocked = shared.session(&action())?.blocked_changes();
+    let (task, id) = (Arc::clone(shared), client.id.clone());
+    let burying = shared.thread.spawn(async move { bury(&task, &id, with_attempts(dying), reason).await });
+    tokio::select! {
+        buried = burying => buried.unwrap_or_else(|_| Err(unavailable(action()))).map(drop),
+        _ = blocked.wait_for(Option::is_some) => Err(unavailable(action())),
+    }
 }
 
 fn with_attempts(held: Vec<Held>) -> Vec<(Held, u32)> {

@@ -310,6 +310,7 @@ impl Puller {
                 Poll::Pending if subscription.channel.is_alive() => break,
                 Poll::Ready(Some(Err(_)) | None) | Poll::Pending => {
                     *phase = Phase::Idle;
+                    self.shared.returned.note(&self.name, 0);
                     store.drop_dead();
                     has_changed = true;
                     // It subscribes again.
