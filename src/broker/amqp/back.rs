@@ -8,7 +8,8 @@ use tokio::sync::oneshot;
 use super::Shared;
 use super::consumer::{Pending, Rest};
 use super::held::Held;
-use super::intake::{BackTo, First, GivenBack, IntakeChannel, Left, Note, Subscription};
+use super::intake::{First, GivenBack, IntakeChannel, Left, Note, Subscription};
+use super::returned::BackTo;
 use crate::broker::Queue;
 
 impl Shared {

@@ -10,11 +10,11 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
 use tokio::sync::oneshot;
 
-use super::Shared;
 use super::admin::set_apart_if_refused;
 use super::clients::Client;
 use super::error::{broker_error, unavailable};
 use super::intake::{self, Intake, IntakeChannel, Left, Note, Subscription};
+use super::{Shared, returned};
 use crate::broker::{BrokerError, Queue};
 use crate::config::QueueType;
 
@@ -152,14 +152,14 @@ impl<'a> Harvest<'a> {
             self.read_on().await;
         }
         for (channel, tags) in by_channel(std::mem::take(&mut self.kept)) {
-            intake::give_back(&channel, &self.queue, &tags).await;
+            returned::give_back(&channel, &self.queue, &tags).await;
         }
     }
 
     /// Reads, of a quorum queue, whatever else was given back before. It is younger than what this is about to give
     /// back, and would be in front of that.
     async fn read_on(&mut self) {
-        let (returned, before) = (&self.shared.returned, self.shared.returned.count(&self.queue));
+        let before = self.shared.returned.count(&self.queue);
         let more = |this: &Self| match before {
             Some(before) if before > this.read => before - this.read,
             Some(before) if before == this.read => 0,
@@ -168,7 +168,7 @@ impl<'a> Harvest<'a> {
             Some(_) | None => 0,
         };
         if self.kept.is_empty() {
-            return returned.note(&self.queue, before.map_or(0, |before| before.saturating_sub(self.read)));
+            return self.shared.returned.note(&self.queue, before.map_or(0, |before| before.saturating_sub(self.read)));
         }
         while more(self) > 0 {
             match self.next(more(self).min(CHUNK_MAX)).await {
@@ -176,7 +176,7 @@ impl<'a> Harvest<'a> {
                 Ok((chunk, _)) => (self.note)(chunk),
                 Err(error) => {
                     log::debug!("{error}; what it holds may be in another order from now on");
-                    return returned.note(&self.queue, 0);
+                    return self.shared.returned.note(&self.queue, 0);
                 }
             }
         }
@@ -184,10 +184,10 @@ impl<'a> Harvest<'a> {
             && let Some((channel, _)) = self.kept.last()
         {
             let channel = Arc::clone(channel);
-            let tags = intake::take_returned(&channel, &self.queue, &self.note).await;
+            let tags = returned::take_returned(&channel, &self.queue, &self.note).await;
             self.kept.extend(tags.into_iter().map(|tag| (Arc::clone(&channel), tag)));
         }
-        returned.note(&self.queue, self.kept.len());
+        self.shared.returned.note(&self.queue, self.kept.len());
     }
 
     fn give_back(&mut self) {

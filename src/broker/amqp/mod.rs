@@ -9,7 +9,7 @@
 //!   `dedup` for own ids.
 //! - `intake`: the channels that all consumers share, with `acks`. `consumer` is a standing one; `pull` makes long
 //!   polls and leases of one; `harvest` looks at the front of a queue, for `dead` letters and `limits`. `held` is a
-//!   delivery in this process, `back` how it goes back.
+//!   delivery in this process, `back` how it goes back, and `returned` how order holds then.
 //! - `clients`, `state`: the clients that are known, in memory and in the file. `admin` declares, binds and deletes them;
 //!   `seal` sees to it that a new queue survives a kill; `users` gives them users of their own, through `management`.
 //! - `chores`: what is done from time to time.
@@ -52,6 +52,7 @@ mod link;
 mod management;
 mod publish;
 mod pull;
+mod returned;
 mod runtime;
 mod seal;
 mod session;
@@ -77,11 +78,12 @@ use self::consumer::{AmqpConsumer, ConsumerCore};
 use self::dedup::Dedup;
 use self::error::db_error;
 use self::held::ReturnMemory;
-use self::intake::{Intake, Returned};
+use self::intake::Intake;
 use self::lane::Lane;
 use self::link::Link;
 use self::management::Management;
 use self::pull::Puller;
+use self::returned::Returned;
 use self::runtime::AmqpThread;
 use self::session::{Role, Session};
 pub use self::stock::AmqpStock;
