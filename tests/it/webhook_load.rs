@@ -19,7 +19,6 @@ use crate::support::http::Client;
 use crate::support::memory::resident_bytes;
 use crate::support::process::is_full_size;
 use crate::support::rabbitmq::Node;
-use crate::support::wait::pace;
 use crate::support::{TestApp, eventually};
 
 /// How long the slowest of these may take for one step at full size.
@@ -265,13 +264,12 @@ broker_tests! {
             let delivered = Arc::clone(&delivered);
             FakeEndpoint::start(move |hit, _| {
                 let n = hit.number();
-                let times = {
+                let reply = fate(n, {
                     let mut tried = tried.lock();
                     let times = tried.entry(n).or_default();
                     *times += 1;
                     *times
-                };
-                let reply = if is_doomed(n, count) { Reply::Status(500) } else { fate(n, times) };
+                });
                 if is_delivery(&reply) {
                     *delivered.lock().entry(n).or_default() += 1;
                 }
@@ -295,7 +293,7 @@ broker_tests! {
         sending.await.expect("all are sent");
         eventually("nothing waits", LONG, async || (depth(&receiver, "inbox").await == 0).then_some(())).await;
         // What waits for a retry on RabbitMQ is in no inbox: until everything has come to its end.
-        let fated: BTreeSet<u64> = (0..count).filter(|n| is_doomed(*n, count)).collect();
+        let fated: BTreeSet<u64> = (0..count).filter(|n| n % 100 == 0).collect();
         let dead = eventually("all are at their end", LONG, async || {
             let dead = dead_numbers(&receiver).await;
             let ended = (dead.len() + delivered.lock().len()) as u64;
@@ -319,15 +317,10 @@ broker_tests! {
     }
 }
 
-/// Whether a message is never taken: one in a hundred, all in the first half. An endpoint that is left with nothing but
-/// such ones has failed, as far as its breaker can know, and is called once a minute.
-fn is_doomed(n: u64, count: u64) -> bool {
-    n < count / 2 && n.is_multiple_of(50)
-}
-
-/// [`Reply::by_fate`], and more that takes time.
+/// [`Reply::by_fate`], and more that takes time; one in a hundred is never taken.
 fn fate(n: u64, times: u64) -> Reply {
     match (n % 50, times) {
+        (0, _) if n.is_multiple_of(100) => Reply::Status(500),
         (10, 1) => Reply::retry_after(503, 1),
         (11, 1) => Reply::EndlessHeaders,
         (12, 1) if n.is_multiple_of(4) => Reply::HangInside,
@@ -340,14 +333,9 @@ fn is_delivery(reply: &Reply) -> bool {
     matches!(reply, Reply::Status(200..300) | Reply::EndlessBody | Reply::OkThenClose | Reply::Bytewise)
 }
 
-/// Sends the numbers up to `count` with ids of their own, again and again where a kill cut off the answer; the second half
-/// slowly, so that there are some to be delivered until those of the first half are at their end.
+/// Sends the numbers up to `count` with ids of their own, again and again where a kill cut off the answer.
 async fn send_stubbornly(sender: &Client, count: u64) {
-    let mut slowly = pace(Duration::from_secs(8) / u32::try_from(count / 500).expect("is small"));
     for from in (0..count).step_by(250) {
-        if from >= count / 2 {
-            slowly.tick().await;
-        }
         let batch: Vec<Value> = (from..(from + 250).min(count))
             .map(|n| json!({"topic": "x.y", "id": format!("n{n}"), "message": n}))
             .collect();
