@@ -87,14 +87,13 @@ impl Client {
 
     fn wanted(&self, kind: ActorKind, pushes: bool) -> Wanted {
         let record = &self.entry.record;
-        let draining = self.phase == Phase::Draining;
         match kind {
             _ if self.phase == Phase::Closing => Wanted::Idle(ActorState::Stopped),
             ActorKind::Subscriber => Wanted::Life,
             ActorKind::Pusher if !record.is_pushed() || !pushes || self.webhook_secrets.is_none() => {
                 Wanted::Idle(ActorState::Stopped)
             }
-            ActorKind::Forwarder | ActorKind::Broadcaster if draining => Wanted::Life,
+            ActorKind::Forwarder | ActorKind::Broadcaster if self.phase == Phase::Draining => Wanted::Life,
             ActorKind::Forwarder | ActorKind::Broadcaster if self.phase == Phase::Counting => {
                 Wanted::Idle(ActorState::Stopped)
             }

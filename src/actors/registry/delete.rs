@@ -1,8 +1,9 @@
 //! Deletion: what the client sent is forwarded first, then everything of it goes.
 //!
-//! Order: take it out of the directory and close its gate, so that nothing more is accepted from it; forward what its
-//! outbox and notify queue hold, paused or not; note in the store that it is going; stop its actors, delete its queues,
-//! delete its record. A crash before the note leaves the client as it was; one after it is finished at the next start.
+//! Order: take it out of the directory, close its gate and take its login at the broker away, so that nothing more is
+//! accepted from it; forward what its outbox and notify queue hold, paused or not; note in the store that it is going;
+//! stop its actors, delete its queues, delete its record. A crash before the note leaves the client as it was; one after
+//! it is finished at the next start.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -68,7 +69,7 @@ pub(super) async fn delete(core: Rc<Core>, id: ClientId) -> Result<(), RegistryE
 }
 
 /// Waits until every publish that was let in is answered, and all that is in the outbox and the notify queue is
-/// forwarded; what forwards has stopped then.
+/// forwarded; then nothing forwards it any more. One that kept filling them is given up.
 async fn drain(core: &Core, id: &ClientId, entry: &ClientEntry) -> Result<(), BrokerError> {
     let begun = Instant::now();
     let mut least = u64::MAX;
