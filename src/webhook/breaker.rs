@@ -8,8 +8,13 @@
 //!    └───────────────────────────────────────── it succeeds ──────────────────────────┘
 //! ```
 //!
-//! A message that waits behind it spends no attempt; the probe is an attempt like any other. A pure state machine:
-//! time and chance are handed in.
+//! A message that waits behind it spends no attempt; the probe is an attempt like any other.
+//!
+//! A message that has failed before may fail because of what it is. While the endpoint takes others, the answer that
+//! refuses it again says little about the endpoint, and the first hundred do not count: some messages that are never
+//! taken, due together, would otherwise keep all others waiting.
+//!
+//! A pure state machine: time and chance are handed in.
 
 use std::time::{Duration, Instant};
 
@@ -25,6 +30,10 @@ const OPEN_GROWTH: f64 = 1.5;
 const OPEN_MAX: Duration = Duration::from_secs(60);
 /// Open times vary by this much, up and down, so that endpoints of one server are not probed together.
 const JITTER: f64 = 0.2;
+/// How long it is open at the most when what came for the first time was taken, and only what had failed before fails.
+const OPEN_MAX_WELL: Duration = Duration::from_secs(5);
+/// How many refusals of what had failed before do not count after a message was taken at its first attempt.
+const EXCUSED: u32 = 100;
 
 /// What the breaker does with attempts; shown in the client's record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -80,12 +89,42 @@ impl Gate {
 /// Ties a result to the state in which its attempt began: what began before the breaker opened says nothing about the
 /// endpoint now, if it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ticket(u64);
+pub struct Ticket {
+    epoch: u64,
+    try_of: Try,
+}
+
+/// How an attempt failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The endpoint answered, and refused the message.
+    Refused,
+    /// No answer came.
+    Silent,
+}
+
+/// Which attempt of its message an attempt is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Try {
+    /// The first.
+    First,
+    /// A later one: the message has failed before.
+    Again,
+}
+
+/// The next probe of an open breaker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Probe {
+    /// The earliest that it may be made.
+    pub at: Instant,
+    /// How long that is after the breaker opened.
+    pub wait: Duration,
+}
 
 #[derive(Debug, Clone, Copy)]
 enum State {
     Closed { failures: u32 },
-    Open { until: Instant },
+    Open(Probe),
     HalfOpen,
 }
 
@@ -95,13 +134,17 @@ pub struct Breaker {
     state: State,
     /// Times that it opened without a success in between.
     openings: u32,
+    /// Whether the last first attempt succeeded.
+    is_well: bool,
+    /// Refusals that need not count.
+    excused: u32,
     /// Grows with every change of state.
     epoch: u64,
 }
 
 impl Default for Breaker {
     fn default() -> Self {
-        Self { state: State::Closed { failures: 0 }, openings: 0, epoch: 0 }
+        Self { state: State::Closed { failures: 0 }, openings: 0, is_well: false, excused: 0, epoch: 0 }
     }
 }
 
@@ -110,7 +153,7 @@ impl Breaker {
     pub fn state(&self) -> BreakerState {
         match self.state {
             State::Closed { .. } => BreakerState::Closed,
-            State::Open { .. } => BreakerState::Open,
+            State::Open(_) => BreakerState::Open,
             State::HalfOpen => BreakerState::HalfOpen,
         }
     }
@@ -118,36 +161,49 @@ impl Breaker {
     /// Whether an attempt may be made.
     pub fn gate(&self, now: Instant) -> Gate {
         match self.state {
-            State::Open { until } if now < until => Gate::Until(until),
+            State::Open(Probe { at, .. }) if now < at => Gate::Until(at),
             State::HalfOpen => Gate::OneAtATime,
-            State::Closed { .. } | State::Open { .. } => Gate::Open,
+            State::Closed { .. } | State::Open(_) => Gate::Open,
         }
+    }
+
+    /// The next probe; `None` when the breaker is not open.
+    pub fn next_probe(&self) -> Option<Probe> {
+        if let State::Open(probe) = self.state { Some(probe) } else { None }
     }
 
     /// Begins an attempt, which [`Breaker::gate`] must have admitted. Its result is reported by
     /// [`Breaker::succeeded`] or [`Breaker::failed`].
-    pub fn begin(&mut self) -> Ticket {
+    pub fn begin(&mut self, try_of: Try) -> Ticket {
         if !matches!(self.state, State::Closed { .. }) {
             self.enter(State::HalfOpen);
         }
-        Ticket(self.epoch)
+        Ticket { epoch: self.epoch, try_of }
     }
 
     /// An attempt succeeded. The endpoint works, whenever the attempt began.
-    pub fn succeeded(&mut self) {
+    pub fn succeeded(&mut self, ticket: Ticket) {
         self.openings = 0;
+        if ticket.try_of == Try::First {
+            (self.is_well, self.excused) = (true, EXCUSED);
+        }
         match &mut self.state {
             State::Closed { failures } => *failures = 0,
-            State::Open { .. } | State::HalfOpen => self.enter(State::Closed { failures: 0 }),
+            State::Open(_) | State::HalfOpen => self.enter(State::Closed { failures: 0 }),
         }
     }
 
     /// An attempt failed. `roll` is random, 0 to 1.
-    pub fn failed(&mut self, ticket: Ticket, now: Instant, roll: f64) {
-        if ticket.0 != self.epoch {
+    pub fn failed(&mut self, ticket: Ticket, fault: Fault, now: Instant, roll: f64) {
+        if ticket.epoch != self.epoch {
             return;
         }
+        if ticket.try_of == Try::First {
+            (self.is_well, self.excused) = (false, 0);
+        }
         match &mut self.state {
+            // Only a later attempt finds any left.
+            State::Closed { .. } if fault == Fault::Refused && self.excused > 0 => self.excused -= 1,
             State::Closed { failures } => {
                 *failures += 1;
                 if *failures >= FAILURES_TO_OPEN {
@@ -155,16 +211,17 @@ impl Breaker {
                 }
             }
             State::HalfOpen => self.open(now, roll),
-            State::Open { .. } => {}
+            State::Open(_) => {}
         }
     }
 
     fn open(&mut self, now: Instant, roll: f64) {
         let exponent = i32::try_from(self.openings.min(32)).unwrap_or(0);
-        let grown = OPEN_MIN.mul_f64(OPEN_GROWTH.powi(exponent)).min(OPEN_MAX);
-        let until = now + grown.mul_f64(1.0 - JITTER + 2.0 * JITTER * roll.clamp(0.0, 1.0));
+        let longest = if self.is_well { OPEN_MAX_WELL } else { OPEN_MAX };
+        let grown = OPEN_MIN.mul_f64(OPEN_GROWTH.powi(exponent)).min(longest);
+        let wait = grown.mul_f64(1.0 - JITTER + 2.0 * JITTER * roll.clamp(0.0, 1.0));
         self.openings = self.openings.saturating_add(1);
-        self.enter(State::Open { until });
+        self.enter(State::Open(Probe { at: now + wait, wait }));
     }
 
     fn enter(&mut self, state: State) {
@@ -179,14 +236,24 @@ mod tests {
 
     fn go(breaker: &mut Breaker, now: Instant) -> Ticket {
         assert_eq!(breaker.gate(now), Gate::Open);
-        breaker.begin()
+        breaker.begin(Try::First)
+    }
+
+    fn fail_at(breaker: &mut Breaker, try_of: Try, now: Instant, times: u32) {
+        for _ in 0..times {
+            assert_eq!(breaker.gate(now), Gate::Open);
+            let ticket = breaker.begin(try_of);
+            breaker.failed(ticket, Fault::Refused, now, 0.5);
+        }
     }
 
     fn fail(breaker: &mut Breaker, now: Instant, times: u32) {
-        for _ in 0..times {
-            let ticket = go(breaker, now);
-            breaker.failed(ticket, now, 0.5);
-        }
+        fail_at(breaker, Try::First, now, times);
+    }
+
+    fn succeed(breaker: &mut Breaker, now: Instant) {
+        let ticket = go(breaker, now);
+        breaker.succeeded(ticket);
     }
 
     #[test]
@@ -195,7 +262,7 @@ mod tests {
         for _ in 0..100 {
             fail(&mut breaker, now, FAILURES_TO_OPEN - 1);
             assert_eq!(breaker.state(), BreakerState::Closed);
-            breaker.succeeded();
+            succeed(&mut breaker, now);
         }
         fail(&mut breaker, now, FAILURES_TO_OPEN);
         assert_eq!(breaker.state(), BreakerState::Open);
@@ -213,11 +280,10 @@ mod tests {
             let probe = go(&mut breaker, now);
             assert_eq!(breaker.state(), BreakerState::HalfOpen);
             assert_eq!(breaker.gate(now), Gate::OneAtATime);
-            breaker.failed(probe, now, 0.5);
+            breaker.failed(probe, Fault::Refused, now, 0.5);
         }
         now += OPEN_MAX;
-        go(&mut breaker, now);
-        breaker.succeeded();
+        succeed(&mut breaker, now);
         assert_eq!(breaker.state(), BreakerState::Closed);
         fail(&mut breaker, now, FAILURES_TO_OPEN);
         assert_eq!(breaker.gate(now), Gate::Until(now + OPEN_MIN));
@@ -226,18 +292,18 @@ mod tests {
     #[test]
     fn late_failures_say_nothing_and_late_successes_close() {
         let (mut breaker, now) = (Breaker::default(), Instant::now());
-        let late = [go(&mut breaker, now), go(&mut breaker, now)];
+        let late = [go(&mut breaker, now), go(&mut breaker, now), go(&mut breaker, now)];
         fail(&mut breaker, now, FAILURES_TO_OPEN);
         let Gate::Until(until) = breaker.gate(now) else { panic!("open") };
-        breaker.failed(late[0], now, 1.0);
+        breaker.failed(late[0], Fault::Refused, now, 1.0);
         assert_eq!(breaker.gate(now), Gate::Until(until));
         let probe = go(&mut breaker, until);
-        breaker.failed(late[1], until, 1.0);
+        breaker.failed(late[1], Fault::Refused, until, 1.0);
         assert_eq!(breaker.state(), BreakerState::HalfOpen);
-        breaker.succeeded();
+        breaker.succeeded(late[2]);
         assert_eq!(breaker.state(), BreakerState::Closed);
         // The probe fails after another attempt succeeded: that is no reason to open.
-        breaker.failed(probe, until, 0.5);
+        breaker.failed(probe, Fault::Refused, until, 0.5);
         assert_eq!(breaker.state(), BreakerState::Closed);
     }
 
@@ -247,9 +313,71 @@ mod tests {
             let (mut breaker, now) = (Breaker::default(), Instant::now());
             for _ in 0..FAILURES_TO_OPEN {
                 let ticket = go(&mut breaker, now);
-                breaker.failed(ticket, now, roll);
+                breaker.failed(ticket, Fault::Refused, now, roll);
             }
             assert_eq!(breaker.gate(now), Gate::Until(now + OPEN_MIN.mul_f64(factor)));
+            let wait = OPEN_MIN.mul_f64(factor);
+            assert_eq!(breaker.next_probe(), Some(Probe { at: now + wait, wait }));
         }
+    }
+
+    #[test]
+    fn what_has_failed_before_does_not_count_while_the_endpoint_takes_others() {
+        let (mut breaker, now) = (Breaker::default(), Instant::now());
+        for _ in 0..10 {
+            succeed(&mut breaker, now);
+            fail_at(&mut breaker, Try::Again, now, EXCUSED);
+            assert_eq!(breaker.state(), BreakerState::Closed);
+        }
+        fail_at(&mut breaker, Try::Again, now, FAILURES_TO_OPEN - 1);
+        assert_eq!(breaker.state(), BreakerState::Closed);
+        fail_at(&mut breaker, Try::Again, now, 1);
+        assert_eq!(breaker.state(), BreakerState::Open);
+    }
+
+    #[test]
+    fn no_answer_counts_always() {
+        let (mut breaker, now) = (Breaker::default(), Instant::now());
+        succeed(&mut breaker, now);
+        for _ in 0..FAILURES_TO_OPEN {
+            let ticket = breaker.begin(Try::Again);
+            breaker.failed(ticket, Fault::Silent, now, 0.5);
+        }
+        assert_eq!(breaker.state(), BreakerState::Open);
+    }
+
+    #[test]
+    fn while_all_that_is_new_is_taken_it_is_not_open_for_long() {
+        let (mut breaker, mut now) = (Breaker::default(), Instant::now());
+        succeed(&mut breaker, now);
+        fail_at(&mut breaker, Try::Again, now, EXCUSED + FAILURES_TO_OPEN);
+        for _ in 0..20 {
+            let Some(probe) = breaker.next_probe() else { panic!("open") };
+            assert!(probe.wait <= OPEN_MAX_WELL);
+            now = probe.at;
+            fail_at(&mut breaker, Try::Again, now, 1);
+        }
+        now += OPEN_MAX_WELL;
+        fail(&mut breaker, now, 1);
+        assert_eq!(breaker.next_probe(), Some(Probe { at: now + OPEN_MAX, wait: OPEN_MAX }));
+    }
+
+    #[test]
+    fn what_has_failed_before_counts_once_something_new_failed() {
+        let (mut breaker, now) = (Breaker::default(), Instant::now());
+        fail_at(&mut breaker, Try::Again, now, FAILURES_TO_OPEN);
+        assert_eq!(breaker.state(), BreakerState::Open, "nothing is known of the endpoint");
+        let mut breaker = Breaker::default();
+        succeed(&mut breaker, now);
+        fail(&mut breaker, now, 1);
+        fail_at(&mut breaker, Try::Again, now, FAILURES_TO_OPEN - 1);
+        assert_eq!(breaker.state(), BreakerState::Open);
+        // One that had failed before and is taken now closes it, but says nothing of the next.
+        let mut breaker = Breaker::default();
+        fail(&mut breaker, now, FAILURES_TO_OPEN - 1);
+        let ticket = breaker.begin(Try::Again);
+        breaker.succeeded(ticket);
+        fail_at(&mut breaker, Try::Again, now, FAILURES_TO_OPEN);
+        assert_eq!(breaker.state(), BreakerState::Open);
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix_rt::task::JoinHandle;
-use backbone::broker::{Broker, DeadLetter, DeadReason, PullMode, Queue};
+use backbone::broker::{Broker, DeadLetter, DeadReason, Outcome, PullMode, Queue, settle};
 use backbone::client::{ClientId, Webhook};
 use backbone::db::Db;
 use backbone::db::webhooks::WebhookTables;
@@ -155,6 +155,38 @@ fn tally(hits: &[Hit]) -> BTreeMap<u64, usize> {
 /// The arrivals of one message.
 fn arrivals(hits: &[Hit], number: u64) -> Vec<Instant> {
     hits.iter().filter(|hit| hit.number() == number).map(|hit| hit.at).collect()
+}
+
+/// An endpoint that is well, but refuses the numbers below this one.
+fn takes_none_below(first: u64) -> FakeEndpoint {
+    FakeEndpoint::start(move |hit, _| Reply::Status(if hit.number() < first { 500 } else { 200 }))
+}
+
+/// Fails `count` messages of an inbox for the first time. They are due again 1 to 3 s later.
+async fn fail_once(env: &BrokerEnv, client: &ClientId, count: usize) {
+    let mut consumer = env.broker().consume(&Queue::Inbox(client.clone()), 500).await.expect("consumes");
+    let mut failed = 0;
+    while failed < count {
+        let batch = soon("messages", consumer.next(500)).await.expect("is open");
+        assert!(batch.iter().all(|delivery| delivery.attempts == 0), "the machine is too slow for this test");
+        let outcome = |n: usize| {
+            let delay = Duration::from_millis(1000 + 2000 * n as u64 / count as u64);
+            Outcome::Delay { delay, attempts: 1 }
+        };
+        let outcomes = batch.into_iter().enumerate().map(|(n, delivery)| (delivery, outcome(failed + n)));
+        let outcomes: Vec<_> = outcomes.collect();
+        failed += outcomes.len();
+        settle(outcomes).await.expect("settles");
+    }
+}
+
+/// Waits until `count` messages are in an inbox and due, and leaves them there.
+async fn due(env: &BrokerEnv, client: &ClientId, count: usize) {
+    let mut consumer = env.broker().consume(&Queue::Inbox(client.clone()), 500).await.expect("consumes");
+    let mut due = Vec::new();
+    while due.len() < count {
+        due.extend(soon("messages", consumer.next(500)).await.expect("is open"));
+    }
 }
 
 fn check_signature(hit: &Hit, secret: &str) -> bool {
@@ -383,6 +415,97 @@ broker_tests! {
         inbox_is_empty(env, &client).await;
         assert_eq!(env.depths(&client).await.dead, 0);
         assert_eq!(rig.breaker(&client), Some(BreakerState::Closed));
+        pushing.stop().await;
+    }
+
+    async fn what_is_never_taken_keeps_no_others_waiting(env: &mut BrokerEnv) {
+        let (rig, endpoint) = (Rig::new().await, takes_none_below(200));
+        let client = receiver(env, 0).await;
+        let settings = json!({"concurrency": 4, "retry_schedule_s": vec![1; 20]});
+        let pushing = rig.push(env, &client, &endpoint.url(), settings);
+        // In turn, so that the breaker stays closed while each fails once.
+        for n in 0..50 {
+            send(env, n, n + 1).await;
+            send(env, 1000 + n, 1001 + n).await;
+        }
+        let refused = |hits: &[Hit]| hits.iter().filter(|hit| hit.number() < 200).count();
+        let before = refused(&endpoint.hits());
+        let mut sent = HashMap::new();
+        let mut tick = tokio::time::interval(Duration::from_millis(100));
+        for n in 2000..2060 {
+            tick.tick().await;
+            send(env, n, n + 1).await;
+            sent.insert(n, Instant::now());
+            assert_ne!(rig.breaker(&client), Some(BreakerState::Open));
+        }
+        eventually("all others come", SOON, async || {
+            (tally(&endpoint.hits()).keys().filter(|n| **n >= 1000).count() == 110).then_some(())
+        })
+        .await;
+        let hits = endpoint.hits();
+        let slowest = sent.iter().map(|(n, at)| arrivals(&hits, *n)[0].saturating_duration_since(*at)).max();
+        assert!(slowest < Some(Duration::from_secs(2)), "{slowest:?}");
+        // Each second, or each other second where delays are rounded up.
+        assert!(refused(&hits) - before > 50 * 2, "they are tried again meanwhile");
+        pushing.stop().await;
+    }
+
+    async fn a_probe_is_made_with_what_has_not_failed_yet(env: &mut BrokerEnv) {
+        let (rig, endpoint) = (Rig::new().await, takes_none_below(200));
+        let client = receiver(env, 200).await;
+        fail_once(env, &client, 200).await;
+        due(env, &client, 200).await;
+        send(env, 200, 210).await;
+        let settings = json!({"concurrency": 32, "retry_schedule_s": [1, 1]});
+        let pushing = rig.push(env, &client, &endpoint.url(), settings);
+        eventually("one that is new", SOON, async || {
+            endpoint.hits().iter().any(|hit| hit.number() >= 200).then_some(())
+        })
+        .await;
+        let before = endpoint.hits().iter().take_while(|hit| hit.number() < 200).count();
+        // As many as are under way when ten have failed, and a probe or two that come before the search has ended.
+        assert!((10..=48).contains(&before), "{before} of those that failed before came first");
+        // Nothing is lost, and none spent an attempt by being put back. Others keep the breaker from opening for long.
+        let mut next = 210;
+        eventually("200 dead letters", SOON * 2, async || {
+            send(env, next, next + 1).await;
+            next += 1;
+            (env.depths(&client).await.dead >= 200).then_some(())
+        })
+        .await;
+        let letters = env.broker().dead_letters(&client, None, 1000).await.expect("reads").dead_letters;
+        assert_eq!(letters.len(), 200);
+        assert!(letters.iter().all(|letter| letter.attempts == 3));
+        inbox_is_empty(env, &client).await;
+        let tally = tally(&endpoint.hits());
+        assert_eq!(tally, (0..200).map(|n| (n, 2)).chain((200..next).map(|n| (n, 1))).collect());
+        pushing.stop().await;
+    }
+
+    async fn a_probe_is_made_with_what_has_failed_when_there_is_nothing_else(env: &mut BrokerEnv) {
+        let rig = Rig::new().await;
+        let works = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let endpoint = {
+            let works = Arc::clone(&works);
+            FakeEndpoint::start(move |_, _| {
+                Reply::Status(if works.load(std::sync::atomic::Ordering::SeqCst) { 200 } else { 500 })
+            })
+        };
+        let client = receiver(env, 100).await;
+        fail_once(env, &client, 100).await;
+        let settings = json!({"concurrency": 4, "retry_schedule_s": [1, 60, 60, 60]});
+        let pushing = rig.push(env, &client, &endpoint.url(), settings);
+        // Ten or a few more open it. The probes after 0.5 s, 0.75 s, 1.1 s, 1.7 s and 2.5 s are a second late each at the
+        // most, however many come due meanwhile.
+        let began = Instant::now();
+        endpoint.wait_for(15).await;
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        assert!(endpoint.count() <= 20, "{}", endpoint.count());
+        works.store(true, std::sync::atomic::Ordering::SeqCst);
+        // Those that were tried wait for a minute; the others, also those that were put back, for some seconds.
+        eventually("the others are taken", SOON * 2, async || (endpoint.count() >= 100).then_some(())).await;
+        assert_eq!(rig.breaker(&client), Some(BreakerState::Closed));
+        assert_eq!(tally(&endpoint.hits()), (0..100).map(|n| (n, 1)).collect());
         pushing.stop().await;
     }
 

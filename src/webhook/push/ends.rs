@@ -6,11 +6,12 @@ use futures_util::{FutureExt as _, StreamExt as _};
 
 use super::job::{Finished, class_of};
 use super::notes::failing_since;
+use super::probe::Look;
 use super::{Condition, Head, Host, IDLE_CHECK_EVERY, Push, Settling, Waiting, key_of, roll};
 use crate::broker::{self, BrokerError, DeadReason, Outcome};
 use crate::telemetry::Step;
 use crate::time::Timestamp;
-use crate::webhook::breaker::{BreakerState, FAILURES_TO_OPEN, Ticket};
+use crate::webhook::breaker::{BreakerState, FAILURES_TO_OPEN, Fault, Ticket};
 use crate::webhook::verdict::{self, OffReason, Verdict};
 
 impl<H: Host> Push<H> {
@@ -20,6 +21,7 @@ impl<H: Host> Push<H> {
         while let Some(Some(next)) = self.under_way.next().now_or_never() {
             self.finish(next);
         }
+        self.look_past_failed();
         self.settle_outcomes();
         self.idle_check_at.get_or_insert_with(|| Instant::now() + IDLE_CHECK_EVERY);
     }
@@ -39,14 +41,15 @@ impl<H: Host> Push<H> {
         let (now, clock) = (Instant::now(), Timestamp::now());
         let verdict = verdict::of(&result, &self.webhook.retry_schedule_s, attempts, clock, roll());
         if verdict == Verdict::Delivered {
-            self.note_success();
+            self.note_success(ticket);
             self.outcomes.push((waiting.consumer, waiting.delivery, Outcome::Complete));
             return;
         }
         if self.means.telemetry.traces.is_on() {
             self.means.telemetry.traces.record(&waiting.message, Step::AttemptFailed(self.client.clone()));
         }
-        self.note_failure(ticket, now, clock, words.as_deref().unwrap_or("no answer"));
+        let fault = if result.is_ok() { Fault::Refused } else { Fault::Silent };
+        self.note_failure((ticket, fault), now, clock, words.as_deref().unwrap_or("no answer"));
         match verdict {
             Verdict::Delivered => {}
             Verdict::Retry { wait, asked } => {
@@ -86,11 +89,11 @@ impl<H: Host> Push<H> {
         }
     }
 
-    fn note_success(&mut self) {
+    fn note_success(&mut self, ticket: Ticket) {
         if self.breaker.state() != BreakerState::Closed {
             log::info!("webhook of {} answers again", self.client);
         }
-        self.breaker.succeeded();
+        self.breaker.succeeded(ticket);
         self.shown.set(self.breaker.state());
         self.throttle.succeeded();
         self.failing_since = None;
@@ -99,10 +102,14 @@ impl<H: Host> Push<H> {
         }
     }
 
-    fn note_failure(&mut self, ticket: Ticket, now: Instant, clock: Timestamp, words: &str) {
+    fn note_failure(&mut self, (ticket, fault): (Ticket, Fault), now: Instant, clock: Timestamp, words: &str) {
         let before = self.breaker.state();
-        self.breaker.failed(ticket, now, roll());
+        self.breaker.failed(ticket, fault, now, roll());
         let after = self.breaker.state();
+        if before != after {
+            // It has opened: each opening has a search of its own.
+            self.look = Look::default();
+        }
         self.shown.set(after);
         if (before, after) == (BreakerState::Closed, BreakerState::Open) {
             log::warn!(
@@ -139,6 +146,7 @@ impl<H: Host> Push<H> {
     }
 
     pub(super) fn note_settled(&mut self, settled: Result<(), BrokerError>) {
+        self.look_on();
         if let Err(error) = settled
             && !self.is_ending()
         {

@@ -6,9 +6,11 @@
 //!                                 └ head of an ordered webhook, Retry-After storm, breaker, rate, connections
 //! ```
 //!
-//! Bounded by the webhook's `concurrency` in every part. A retry waits in the broker ([`Outcome::Delay`]), not here, and
+//! Bounded in every part, by the webhook's `concurrency` and by bytes. A retry waits in the broker ([`Outcome::Delay`]), not here, and
 //! keeps its count there. Before a longer wait of the whole endpoint (breaker, storm) the loop gives everything back and
 //! stops consuming, so that nothing stays unsettled through it.
+//!
+//! A probe of the breaker is made with a message that has not failed yet, if there is one near (`probe.rs`).
 //!
 //! An ordered webhook has one message in hand, the head. While it waits for its retry it stays in hand, because on no
 //! broker would it be first again after a delay; its count is noted in the registry's file instead, and from time to
@@ -19,6 +21,7 @@
 mod ends;
 mod job;
 mod notes;
+mod probe;
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -33,7 +36,7 @@ use parking_lot::RwLock;
 use tokio::sync::oneshot;
 
 use super::attempts::AttemptLog;
-use super::breaker::{Breaker, BreakerState, Gate};
+use super::breaker::{Breaker, BreakerState, Gate, Try};
 use super::breakers::{Breakers, ShownBreaker};
 use super::endpoint::{Endpoint, Sender};
 use super::failure::Failure;
@@ -52,6 +55,7 @@ use crate::time::Timestamp;
 
 pub(crate) use job::send;
 use job::{Finished, Job, Signing};
+use probe::Look;
 
 /// A webhook that does nothing but fail, at least once a day, is switched off after this long.
 pub const DISABLE_AFTER: Duration = Duration::from_secs(5 * 86_400);
@@ -155,6 +159,7 @@ pub struct Push<H> {
     endpoint: Rc<Endpoint>,
     signing: Signing,
     breaker: Breaker,
+    look: Look,
     shown: ShownBreaker,
     throttle: Throttle,
     pacer: Pacer,
@@ -222,6 +227,7 @@ impl<H: Host> Push<H> {
             webhook,
             endpoint,
             breaker: Breaker::default(),
+            look: Look::default(),
             throttle: Throttle::default(),
             consumer: None,
             opening: None,
@@ -301,6 +307,10 @@ impl<H: Host> Push<H> {
     /// Messages that may be in hand: twice what is under way, so that the next are there when one ends, and no more than
     /// fit in memory.
     fn prefetch_wanted(&self) -> u32 {
+        if self.is_looking() {
+            let under_way = u32::try_from(self.under_way.len()).unwrap_or(u32::MAX);
+            return self.hand.fitting(under_way.saturating_add(1 + probe::LOOK_AT_ONCE));
+        }
         if self.webhook.ordered || self.breaker.state() != BreakerState::Closed || self.throttle.is_on() {
             return 1;
         }
@@ -329,8 +339,9 @@ impl<H: Host> Push<H> {
         let head_gate = head_due.filter(|due| *due > now).map_or(Gate::Open, Gate::Until);
         let pacer_gate = self.pacer.blocked_until(now).map_or(Gate::Open, Gate::Until);
         let slot_gate = self.no_slot_until.filter(|until| *until > now).map_or(Gate::Open, Gate::Until);
-        let gates =
-            [head_gate, self.throttle.gate(now, self.under_way.len()), self.breaker.gate(now), pacer_gate, slot_gate];
+        let throttle_gate = self.throttle.gate(now, self.under_way.len());
+        let breaker_gate = self.breaker.gate(now).stricter(self.look_gate(now));
+        let gates = [head_gate, throttle_gate, breaker_gate, pacer_gate, slot_gate];
         gates.into_iter().reduce(Gate::stricter).unwrap_or(Gate::Open)
     }
 
@@ -440,6 +451,8 @@ impl<H: Host> Push<H> {
             let held = self.hand.take(message.envelope.len());
             self.waiting.push_back(Waiting { delivery, message, consumer: self.consumers, attempts, _held: held });
         }
+        self.look_on();
+        self.look_past_failed();
         self.settle_outcomes();
     }
 
@@ -468,10 +481,10 @@ impl<H: Host> Push<H> {
                 self.no_slot_until = Some(now + NO_SLOT_WAIT);
                 return;
             };
-            let Some(waiting) = self.waiting.pop_front() else { return };
+            let Some(waiting) = self.take_next() else { return };
             self.held_since = None;
             self.pacer.count(now);
-            let ticket = self.breaker.begin();
+            let ticket = self.breaker.begin(if waiting.attempts == 0 { Try::First } else { Try::Again });
             self.shown.set(self.breaker.state());
             let began = Timestamp::now();
             let job = Job {
