@@ -132,9 +132,9 @@ enum State {
 #[derive(Debug)]
 pub struct Breaker {
     state: State,
-    /// Times that it opened without a success in between.
-    openings: u32,
-    /// Whether the last first attempt succeeded.
+    /// Times that it was open for longer than before without a success in between.
+    openings: i32,
+    /// Whether the last first attempt succeeded, and the endpoint has answered since.
     is_well: bool,
     /// Refusals that need not count.
     excused: u32,
@@ -198,12 +198,12 @@ impl Breaker {
         if ticket.epoch != self.epoch {
             return;
         }
-        if ticket.try_of == Try::First {
+        if ticket.try_of == Try::First || fault == Fault::Silent {
             (self.is_well, self.excused) = (false, 0);
         }
         match &mut self.state {
-            // Only a later attempt finds any left.
-            State::Closed { .. } if fault == Fault::Refused && self.excused > 0 => self.excused -= 1,
+            // Only what was refused at a later attempt finds any left.
+            State::Closed { .. } if self.excused > 0 => self.excused -= 1,
             State::Closed { failures } => {
                 *failures += 1;
                 if *failures >= FAILURES_TO_OPEN {
@@ -216,11 +216,12 @@ impl Breaker {
     }
 
     fn open(&mut self, now: Instant, roll: f64) {
-        let exponent = i32::try_from(self.openings.min(32)).unwrap_or(0);
         let longest = if self.is_well { OPEN_MAX_WELL } else { OPEN_MAX };
-        let grown = OPEN_MIN.mul_f64(OPEN_GROWTH.powi(exponent)).min(longest);
+        let grown = OPEN_MIN.mul_f64(OPEN_GROWTH.powi(self.openings)).min(longest);
         let wait = grown.mul_f64(1.0 - JITTER + 2.0 * JITTER * roll.clamp(0.0, 1.0));
-        self.openings = self.openings.saturating_add(1);
+        if grown < longest {
+            self.openings += 1;
+        }
         self.enter(State::Open(Probe { at: now + wait, wait }));
     }
 
@@ -357,9 +358,10 @@ mod tests {
             now = probe.at;
             fail_at(&mut breaker, Try::Again, now, 1);
         }
+        // From there it grows as ever.
         now += OPEN_MAX_WELL;
         fail(&mut breaker, now, 1);
-        assert_eq!(breaker.next_probe(), Some(Probe { at: now + OPEN_MAX, wait: OPEN_MAX }));
+        assert!(breaker.next_probe().is_some_and(|probe| probe.wait.as_secs() == 5 && probe.wait > OPEN_MAX_WELL));
     }
 
     #[test]

@@ -120,10 +120,10 @@ fn percentile(sorted: &[Duration], percent: usize) -> Duration {
 broker_tests! {
     async fn heavy_healthy_clients_do_not_feel_sick_ones(kind: &mut BrokerKind) {
         let (healthy, sick, per_s, seconds) = match (is_full_size(), *kind) {
+            (true, BrokerKind::Embedded) => (800, 100, 500, 30),
             // Two cores for it, the router and the receiver: with a queue for each of a thousand clients, 500 messages a
-            // second and the retries of all sick ones at once would be more than a quorum RabbitMQ can do there.
-            (true, BrokerKind::RabbitmqQuorum) => (800, 100, 250, 30),
-            (true, _) => (800, 100, 500, 30),
+            // second and the retries of all sick ones at once would be more than RabbitMQ can do there.
+            (true, _) => (800, 100, 250, 30),
             (false, BrokerKind::Embedded) => (80, 10, 100, 8),
             (false, _) => (16, 4, 50, 6),
         };

@@ -425,9 +425,11 @@ broker_tests! {
         let pushing = rig.push(env, &client, &endpoint.url(), settings);
         // In turn, so that the breaker stays closed while each fails once.
         for n in 0..50 {
-            send(env, n, n + 1).await;
-            send(env, 1000 + n, 1001 + n).await;
+            let pair = [n.to_string(), (1000 + n).to_string()];
+            env.route(&client_id("sender"), "x", &[&pair[0], &pair[1]]).await;
         }
+        eventually("each was tried", SOON, async || (tally(&endpoint.hits()).len() == 100).then_some(())).await;
+        eventually("closed", SOON, async || (rig.breaker(&client) == Some(BreakerState::Closed)).then_some(())).await;
         let refused = |hits: &[Hit]| hits.iter().filter(|hit| hit.number() < 200).count();
         let before = refused(&endpoint.hits());
         let mut sent = HashMap::new();

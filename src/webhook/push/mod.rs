@@ -340,8 +340,7 @@ impl<H: Host> Push<H> {
         let pacer_gate = self.pacer.blocked_until(now).map_or(Gate::Open, Gate::Until);
         let slot_gate = self.no_slot_until.filter(|until| *until > now).map_or(Gate::Open, Gate::Until);
         let throttle_gate = self.throttle.gate(now, self.under_way.len());
-        let breaker_gate = self.breaker.gate(now).stricter(self.look_gate(now));
-        let gates = [head_gate, throttle_gate, breaker_gate, pacer_gate, slot_gate];
+        let gates = [head_gate, throttle_gate, self.breaker.gate(now), pacer_gate, slot_gate];
         gates.into_iter().reduce(Gate::stricter).unwrap_or(Gate::Open)
     }
 
@@ -387,9 +386,12 @@ impl<H: Host> Push<H> {
 
     /// When the loop must look again by itself. `now` is when it last did: what opened since then was not seen.
     fn wake_at(&self, now: Instant) -> Option<Instant> {
-        let gate = match self.gate(now) {
-            Gate::Until(until) if !self.is_ending() => Some(until),
-            _ => None,
+        let gate = match self.gate(now).stricter(self.look_gate(now)) {
+            _ if self.is_ending() => None,
+            // Then it consumes again.
+            Gate::Until(until) if until - now > SHORT_WAIT && !self.webhook.ordered => Some(until - SHORT_WAIT),
+            Gate::Until(until) => Some(until),
+            Gate::Open | Gate::OneAtATime => None,
         };
         let reopen = self.reopen_at.filter(|at| *at > now && self.consumer.is_none() && self.opening.is_none());
         let hold = self.held_since.map(|since| since + HOLD_MAX);
@@ -474,7 +476,7 @@ impl<H: Host> Push<H> {
     fn start_attempts(&mut self) {
         while !self.waiting.is_empty() && self.under_way.len() < self.concurrency() && !self.is_ending() {
             let now = Instant::now();
-            if self.gate(now) != Gate::Open {
+            if self.gate(now).stricter(self.look_gate(now)) != Gate::Open {
                 return;
             }
             let Some(slot) = self.endpoint.slot() else {

@@ -28,6 +28,8 @@ const ASIDE_MAX: Duration = Duration::from_secs(128);
 /// The search for one probe.
 #[derive(Debug, Default)]
 pub(super) struct Look {
+    /// When it began.
+    began: Option<Instant>,
     /// How many were looked past.
     past: u32,
     /// Until when to wait for another.
@@ -46,16 +48,18 @@ impl<H: Host> Push<H> {
 
     /// Keeps a probe waiting while a better one may come.
     pub(super) fn look_gate(&self, now: Instant) -> Gate {
-        let Some(Probe { at, .. }) = self.breaker.next_probe().filter(|_| self.is_looking()) else { return Gate::Open };
+        let Some(probe) = self.breaker.next_probe().filter(|_| self.is_looking()) else { return Gate::Open };
         // What is being put back is in hand until it is settled: no others come before.
-        let until = if self.settling.is_empty() { self.look.until } else { Some(at + LOOK_MAX) };
+        let until = if self.settling.is_empty() { self.look.until } else { self.look.began.map(|at| last(at, probe)) };
         until.filter(|until| now < *until).map_or(Gate::Open, Gate::Until)
     }
 
     /// Something came, or can come now that something is settled: waits for more.
     pub(super) fn look_on(&mut self) {
-        if let Some(Probe { at, .. }) = self.breaker.next_probe() {
-            self.look.until = Some((Instant::now() + LOOK_WAIT).min(at + LOOK_MAX));
+        if let Some(probe) = self.breaker.next_probe() {
+            let now = Instant::now();
+            let began = *self.look.began.get_or_insert(now);
+            self.look.until = Some((now + LOOK_WAIT).min(last(began, probe)));
         }
     }
 
@@ -87,4 +91,9 @@ impl<H: Host> Push<H> {
         let (least, _) = self.waiting.iter().enumerate().min_by_key(|(_, waiting)| waiting.attempts)?;
         Some(least)
     }
+}
+
+/// When a search that began then has taken long enough.
+fn last(began: Instant, probe: Probe) -> Instant {
+    began.max(probe.at) + LOOK_MAX
 }
