@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use actix_rt::task::JoinHandle;
@@ -155,6 +156,14 @@ fn tally(hits: &[Hit]) -> BTreeMap<u64, usize> {
 /// The arrivals of one message.
 fn arrivals(hits: &[Hit], number: u64) -> Vec<Instant> {
     hits.iter().filter(|hit| hit.number() == number).map(|hit| hit.at).collect()
+}
+
+/// An endpoint that answers 500 until it is told to work.
+fn fails_until_told() -> (FakeEndpoint, Arc<AtomicBool>) {
+    let works = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&works);
+    let endpoint = FakeEndpoint::start(move |_, _| Reply::Status(if told.load(Ordering::SeqCst) { 200 } else { 500 }));
+    (endpoint, works)
 }
 
 /// An endpoint that is well, but refuses the numbers below this one.
@@ -395,14 +404,7 @@ broker_tests! {
     }
 
     async fn the_breaker_spares_an_endpoint_that_only_fails_and_spends_no_attempts(env: &mut BrokerEnv) {
-        let rig = Rig::new().await;
-        let works = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let endpoint = {
-            let works = Arc::clone(&works);
-            FakeEndpoint::start(move |_, _| {
-                Reply::Status(if works.load(std::sync::atomic::Ordering::SeqCst) { 200 } else { 500 })
-            })
-        };
+        let (rig, (endpoint, works)) = (Rig::new().await, fails_until_told());
         let client = receiver(env, 300).await;
         let pushing = rig.push(env, &client, &endpoint.url(), json!({"concurrency": 4}));
         eventually("it opens", SOON, async || (rig.breaker(&client) == Some(BreakerState::Open)).then_some(())).await;
@@ -411,7 +413,7 @@ broker_tests! {
         let until = Instant::now() + Duration::from_secs(5);
         eventually("probes", SOON, async || (Instant::now() > until).then_some(())).await;
         assert!(endpoint.count() <= 20, "{}", endpoint.count());
-        works.store(true, std::sync::atomic::Ordering::SeqCst);
+        works.store(true, Ordering::SeqCst);
         inbox_is_empty(env, &client).await;
         assert_eq!(env.depths(&client).await.dead, 0);
         assert_eq!(rig.breaker(&client), Some(BreakerState::Closed));
@@ -485,26 +487,17 @@ broker_tests! {
     }
 
     async fn a_probe_is_made_with_what_has_failed_when_there_is_nothing_else(env: &mut BrokerEnv) {
-        let rig = Rig::new().await;
-        let works = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let endpoint = {
-            let works = Arc::clone(&works);
-            FakeEndpoint::start(move |_, _| {
-                Reply::Status(if works.load(std::sync::atomic::Ordering::SeqCst) { 200 } else { 500 })
-            })
-        };
+        let (rig, (endpoint, works)) = (Rig::new().await, fails_until_told());
         let client = receiver(env, 100).await;
         fail_once(env, &client, 100).await;
-        let settings = json!({"concurrency": 4, "retry_schedule_s": [1, 60, 60, 60]});
+        let settings = json!({"concurrency": 1, "retry_schedule_s": [1, 600]});
         let pushing = rig.push(env, &client, &endpoint.url(), settings);
-        // Ten or a few more open it. The probes after 0.5 s, 0.75 s, 1.1 s, 1.7 s and 2.5 s are a second late each at the
-        // most, however many come due meanwhile.
-        let began = Instant::now();
-        endpoint.wait_for(15).await;
-        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
-        assert!(endpoint.count() <= 20, "{}", endpoint.count());
-        works.store(true, std::sync::atomic::Ordering::SeqCst);
-        // Those that were tried wait for a minute; the others, also those that were put back, for some seconds.
+        // Ten open it. The probe after 0.5 s is a second late at the most, however many come due one after the other.
+        let hits = endpoint.wait_for(11).await;
+        let waited = hits[10].at - hits[9].at;
+        assert!(waited < Duration::from_secs(5), "{waited:?}");
+        works.store(true, Ordering::SeqCst);
+        // Those that were tried wait for ten minutes; the others, also those that were put back, for some seconds.
         eventually("the others are taken", SOON * 2, async || (endpoint.count() >= 100).then_some(())).await;
         assert_eq!(rig.breaker(&client), Some(BreakerState::Closed));
         assert_eq!(tally(&endpoint.hits()), (0..100).map(|n| (n, 1)).collect());

@@ -6,9 +6,9 @@
 //!                                 └ head of an ordered webhook, Retry-After storm, breaker, rate, connections
 //! ```
 //!
-//! Bounded in every part, by the webhook's `concurrency` and by bytes. A retry waits in the broker ([`Outcome::Delay`]), not here, and
-//! keeps its count there. Before a longer wait of the whole endpoint (breaker, storm) the loop gives everything back and
-//! stops consuming, so that nothing stays unsettled through it.
+//! Bounded in every part, by the webhook's `concurrency` and by bytes. A retry waits in the broker ([`Outcome::Delay`]),
+//! not here, and keeps its count there. Before a longer wait of the whole endpoint (breaker, storm) the loop gives
+//! everything back and stops consuming, so that nothing stays unsettled through it.
 //!
 //! A probe of the breaker is made with a message that has not failed yet, if there is one near (`probe.rs`).
 //!
