@@ -28,7 +28,7 @@ const PREFETCH: u32 = 1024;
 const BATCH_MAX: usize = 256;
 
 /// Batches that may be on their way to their target at once.
-const BATCHES_AT_ONCE: usize = 8;
+const BATCHES_AT_ONCE: usize = 24;
 
 /// Attempts after which the backoff grows no more, so that a pipeline is back soon after a broker that was away long:
 /// the seventh wait is 6.4 s.

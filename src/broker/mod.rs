@@ -40,6 +40,7 @@
 pub mod amqp;
 pub mod embedded;
 pub mod stock;
+mod turn;
 
 use std::fmt;
 use std::sync::Arc;
@@ -54,6 +55,8 @@ use crate::envelope::{Message, SharedMessage};
 use crate::secret::SaltedHash;
 use crate::time::Timestamp;
 use crate::topic::Pattern;
+
+pub use turn::{GivenOn, Turn};
 
 /// A queue by what it is for. Its name on a real broker is its [`Display`](fmt::Display) form (contract, section 6).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -434,7 +437,18 @@ pub trait Broker: Send + Sync + 'static {
     fn expect_passwords(&self, _passwords: Vec<(ClientId, SaltedHash)>) {}
 
     /// Appends messages to a queue, all or none (G1, G5). Messages of one call keep their order (G3).
-    async fn publish(&self, queue: &Queue, messages: Vec<Message>) -> Result<Published, BrokerError>;
+    async fn publish(&self, queue: &Queue, messages: Vec<Message>) -> Result<Published, BrokerError> {
+        self.publish_in_turn(queue, messages, Turn::default()).await
+    }
+
+    /// The same for a source that has more to publish and does not wait for the result of each: what is published once
+    /// `turn` was given on lies behind these messages (G3).
+    async fn publish_in_turn(
+        &self,
+        queue: &Queue,
+        messages: Vec<Message>,
+        turn: Turn,
+    ) -> Result<Published, BrokerError>;
 
     /// Subscribes to a queue (G3, G6). Several consumers of one queue share its messages.
     async fn consume(&self, queue: &Queue, prefetch: u32) -> Result<Consumer, BrokerError>;

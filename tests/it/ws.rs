@@ -231,10 +231,19 @@ broker_tests! {
         let mut sender = Socket::open(&a).await;
         let mut receiver = Socket::open(&b).await;
         receiver.credit(300).await;
-        for n in 0..COUNT {
-            sender.queue(&json!({"type": "send", "ref": n, "topic": "x", "message": n}));
+        for n in 0..=COUNT {
+            let mut frame = json!({"type": "send", "ref": n, "topic": "x", "message": n});
+            if n % 5 == 0 {
+                // Looked up before it is taken; what comes behind waits for that.
+                frame["id"] = json!(format!("own-{n}"));
+            }
+            // A few at a time, so that many publishes are under way.
+            if n % 3 == COUNT % 3 {
+                sender.send(frame).await;
+            } else {
+                sender.queue(&frame);
+            }
         }
-        sender.send(json!({"type": "send", "ref": COUNT, "topic": "x", "message": COUNT})).await;
         let mut unsettled = Vec::new();
         for n in 0..=COUNT {
             let message = loop {

@@ -143,7 +143,7 @@ impl<'a> Harvest<'a> {
     /// Acknowledges these.
     pub(super) fn acknowledge(&mut self, channel: &Arc<IntakeChannel>, tags: &[u64]) -> bool {
         self.release(channel, tags);
-        channel.ack(&mut tags.to_vec())
+        channel.ack(tags)
     }
 
     /// Ends it: gives back what was not settled, and waits until RabbitMQ counts it as ready again.

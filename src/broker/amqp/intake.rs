@@ -2,7 +2,8 @@
 //!
 //! A channel is opened when it is first needed and again after it was closed; its consumers then subscribe again. Each
 //! has a task that subscribes and unsubscribes; for one queue one after the other, so that order holds from one consumer
-//! to the next. Acknowledgements do not go through the task: they are put in line by whoever settles.
+//! to the next. Acknowledgements do not go through the task: whoever settles puts them in line; between hops they may
+//! gather first.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -16,6 +17,7 @@ use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, B
 use lapin::types::FieldTable;
 use lapin::{Channel, Consumer};
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::acks::AckTracker;
@@ -32,16 +34,65 @@ const COMMANDS_WAITING: usize = 256;
 /// How long RabbitMQ may take to answer on a channel.
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Frames that are in line. Resolves when they have left for RabbitMQ.
+type Sent = Pin<Box<dyn Future<Output = Result<(), lapin::Error>> + Send>>;
+
+/// How long acknowledgements between hops gather when they come thick and fast, about: both ends work for each frame. Not
+/// those of receivers, which may have asked for so little at a time that they wait for more meanwhile.
+const GATHER: Duration = Duration::from_millis(1);
+
 /// One open channel, for as long as it is open. Deliveries hold on to theirs: what came on a channel can only be
 /// settled there.
 pub(super) struct IntakeChannel {
     pub(super) channel: Channel,
-    tracker: Mutex<AckTracker>,
+    acks: Mutex<Acks>,
+    /// Whether acknowledgements gather, and where they are then sent.
+    gathers: Option<Handle>,
+    /// See [`Intake::is_idle`].
+    under_way: Arc<AtomicUsize>,
     /// Whether its session was given up.
     session_ended: watch::Receiver<bool>,
 }
 
+/// What is acknowledged on a channel.
+#[derive(Default)]
+struct Acks {
+    tracker: AckTracker,
+    /// Settled, and left to be acknowledged.
+    gathered: Vec<u64>,
+    /// When some were last acknowledged.
+    sent_at: Option<Instant>,
+}
+
+impl Acks {
+    /// Puts in line what has gathered. To be called under the lock: a frame that covers several must not overtake one
+    /// that it counts on. Resolves when all of it has left for RabbitMQ.
+    fn send(&mut self, channel: &Channel) -> Sent {
+        let mut last: Sent = Box::pin(std::future::ready(Ok(())));
+        if self.gathered.is_empty() {
+            return last;
+        }
+        self.sent_at = Some(Instant::now());
+        for ack in self.tracker.ack(&mut std::mem::take(&mut self.gathered)) {
+            let (channel, options) = (channel.clone(), BasicAckOptions { multiple: ack.multiple });
+            let mut sent: Sent = Box::pin(async move { channel.basic_ack(ack.tag, options).await });
+            // The first poll puts the frame in line.
+            last = match sent.as_mut().now_or_never() {
+                Some(Err(error)) => return Box::pin(std::future::ready(Err(error))),
+                Some(Ok(())) => last,
+                None => sent,
+            };
+        }
+        last
+    }
+}
+
 impl IntakeChannel {
+    fn new(channel: Channel, role: Role, session_ended: watch::Receiver<bool>, under_way: &Arc<AtomicUsize>) -> Self {
+        let gathers = (role == Role::Pipeline).then(Handle::current);
+        Self { channel, acks: Mutex::default(), gathers, under_way: Arc::clone(under_way), session_ended }
+    }
+
     /// Whether what came on it can still be settled.
     pub(super) fn is_alive(&self) -> bool {
         self.channel.status().connected() && !*self.session_ended.borrow()
@@ -59,43 +110,50 @@ impl IntakeChannel {
         }
     }
 
-    /// Acknowledges. Returns whether the channel took it; a dead one has given everything back already.
-    pub(super) fn ack(&self, tags: &mut [u64]) -> bool {
-        // Put in line under the lock: a frame that covers several must not overtake one that it counts on.
-        let mut tracker = self.tracker.lock();
-        tracker.ack(tags).into_iter().all(|ack| {
-            let options = BasicAckOptions { multiple: ack.multiple };
-            // The first poll puts the frame in line; that it left is of no interest here.
-            !matches!(self.channel.basic_ack(ack.tag, options).now_or_never(), Some(Err(_)))
-        })
+    /// Acknowledges: at once, or soon when others were acknowledged just now. Returns whether the channel took it; a dead
+    /// one has given everything back already.
+    pub(super) fn ack(self: &Arc<Self>, tags: &[u64]) -> bool {
+        let mut acks = self.acks.lock();
+        let is_gathering = !acks.gathered.is_empty();
+        acks.gathered.extend(tags);
+        if is_gathering {
+            return self.is_alive();
+        }
+        let wait = acks.sent_at.and_then(|at| GATHER.checked_sub(at.elapsed()));
+        let (Some(handle), Some(wait)) = (&self.gathers, wait) else {
+            return !matches!(acks.send(&self.channel).now_or_never(), Some(Err(_)));
+        };
+        let (channel, done) = (Arc::clone(self), Done::after(&self.under_way));
+        handle.spawn(async move {
+            tokio::time::sleep(wait).await;
+            channel.send_gathered();
+            drop(done);
+        });
+        self.is_alive()
+    }
+
+    /// Puts acknowledgements in line that have gathered.
+    fn send_gathered(&self) {
+        // That they left is of no interest here; a dead channel has given everything back already.
+        drop(self.acks.lock().send(&self.channel));
     }
 
     /// Acknowledges, and waits until that has left for RabbitMQ.
-    pub(super) async fn ack_and_flush(&self, tags: &mut [u64]) -> Result<(), lapin::Error> {
-        let mut last = None;
-        {
-            let mut tracker = self.tracker.lock();
-            for ack in tracker.ack(tags) {
-                let options = BasicAckOptions { multiple: ack.multiple };
-                let mut sent = Box::pin(self.channel.basic_ack(ack.tag, options));
-                match sent.as_mut().now_or_never() {
-                    Some(Err(error)) => return Err(error),
-                    Some(Ok(())) => {}
-                    None => last = Some(sent),
-                }
-            }
-        }
-        match last {
-            Some(sent) => self.answer(sent).await,
-            None => Ok(()),
-        }
+    pub(super) async fn ack_and_flush(&self, tags: &[u64]) -> Result<(), lapin::Error> {
+        let sent = {
+            let mut acks = self.acks.lock();
+            acks.gathered.extend(tags);
+            acks.send(&self.channel)
+        };
+        self.answer(sent).await
     }
 
     /// Gives deliveries back to the queue, in this order.
     pub(super) fn give_back(&self, tags: impl IntoIterator<Item = u64>) {
-        let mut tracker = self.tracker.lock();
+        let mut acks = self.acks.lock();
+        drop(acks.send(&self.channel));
         for tag in tags {
-            tracker.settle(tag);
+            acks.tracker.settle(tag);
             let options = BasicNackOptions { multiple: false, requeue: true };
             // A dead channel has given it back already.
             let _ = self.channel.basic_nack(tag, options).now_or_never();
@@ -111,6 +169,7 @@ impl IntakeChannel {
     /// this was called.
     /// Returns how many more were ready.
     pub(super) async fn round_trip(&self, queue: &str) -> Result<u64, lapin::Error> {
+        self.send_gathered();
         // The first question goes to the queue, which answers it after what it has handed out; but its channel may pass
         // the answer on first. The second is for the channel itself, which comes to it after what it was handed.
         let ready = self.count(queue).await?;
@@ -133,17 +192,15 @@ pub(super) struct Subscription {
     /// The queue's name.
     queue: String,
     /// The answer to its being cancelled, when that has begun.
-    cancelled: Option<Cancelled>,
+    cancelled: Option<Sent>,
 }
-
-type Cancelled = Pin<Box<dyn Future<Output = Result<(), lapin::Error>> + Send>>;
 
 impl Subscription {
     /// Puts its end in line, before whatever is acknowledged on its channel after this. [`Intake::end`] does the rest.
     pub(super) fn cancel(&mut self) {
+        self.channel.send_gathered();
         let (channel, tag) = (self.channel.channel.clone(), self.consumer.tag());
-        let mut sent: Cancelled =
-            Box::pin(async move { channel.basic_cancel(tag, BasicCancelOptions::default()).await });
+        let mut sent: Sent = Box::pin(async move { channel.basic_cancel(tag, BasicCancelOptions::default()).await });
         // The first poll puts the frame in line.
         self.cancelled = Some(match sent.as_mut().now_or_never() {
             Some(answer) => Box::pin(std::future::ready(answer)),
@@ -243,7 +300,7 @@ const GATHER_WITHIN: Duration = Duration::from_secs(2);
 /// One channel of the set, with its task.
 pub(super) struct Intake {
     commands: mpsc::Sender<(Command, Done)>,
-    /// Commands that are not carried out yet.
+    /// Commands that are not carried out yet, and acknowledgements that gather.
     under_way: Arc<AtomicUsize>,
 }
 
@@ -257,7 +314,7 @@ impl Intake {
     ) -> Self {
         let (sender, commands) = mpsc::channel(COMMANDS_WAITING);
         let under_way = Arc::new(AtomicUsize::new(0));
-        thread.spawn(run(thread.handle(), role, link, Arc::clone(returned), commands));
+        thread.spawn(run(thread.handle(), role, link, Arc::clone(returned), Arc::clone(&under_way), commands));
         Self { commands: sender, under_way }
     }
 
@@ -306,7 +363,7 @@ impl Intake {
         self.tell(thread, Command::GiveBack(Box::new(back)));
     }
 
-    /// Whether no command is being carried out.
+    /// Whether no command is being carried out, and no acknowledgement gathers.
     pub(super) fn is_idle(&self) -> bool {
         self.under_way.load(Ordering::Acquire) == 0
     }
@@ -335,6 +392,7 @@ async fn run(
     role: Role,
     link: watch::Receiver<Link>,
     returned: Arc<Returned>,
+    under_way: Arc<AtomicUsize>,
     mut commands: mpsc::Receiver<(Command, Done)>,
 ) {
     let open = Open::default();
@@ -343,12 +401,12 @@ async fn run(
         match command {
             Command::Subscribe { queue, prefetch, most, reply } => {
                 let (turn, open, link) = (turns.next(&queue), Arc::clone(&open), link.clone());
-                let returned = Arc::clone(&returned);
+                let (returned, under_way) = (Arc::clone(&returned), Arc::clone(&under_way));
                 handle.spawn(async move {
                     let _turn = (turn.begin().await, done);
                     let prefetch = returned.prefetch(&queue, prefetch, most);
                     let has_all_returned = returned.count(&queue).is_some_and(|count| count <= usize::from(prefetch));
-                    let answer = subscribe(role, &link, &open, &queue, prefetch).await;
+                    let answer = subscribe(role, &link, &open, &queue, prefetch, &under_way).await;
                     let answer = answer.map(|subscription| Subscription { has_all_returned, ..subscription });
                     // Nobody waits for it any more, or is told.
                     if let Err(Ok(orphan)) = reply.send(answer) {
@@ -444,6 +502,7 @@ async fn subscribe(
     open: &Open,
     queue: &str,
     prefetch: u16,
+    under_way: &Arc<AtomicUsize>,
 ) -> Result<Subscription, lapin::Error> {
     let session = match &*link.borrow() {
         Link::Up(session) => Arc::clone(session),
@@ -454,7 +513,7 @@ async fn subscribe(
         if open.as_ref().is_none_or(|(channel, _)| !channel.is_alive()) {
             let channel = session.channel(role).await?;
             let session_ended = session.end();
-            *open = Some((Arc::new(IntakeChannel { channel, tracker: Mutex::default(), session_ended }), 0));
+            *open = Some((Arc::new(IntakeChannel::new(channel, role, session_ended, under_way)), 0));
         }
         let (channel, current) = open.as_mut().expect("it was opened above");
         (Arc::clone(channel), begin(channel, current, queue, prefetch))

@@ -254,7 +254,7 @@ async fn serve(
     let open = Open(front);
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut gathers_until = None;
+    let (mut gathers_until, mut just_gathered) = (None, false);
     let why = loop {
         let (mut ended, mut takes_jobs, mut is_over) = (Vec::new(), false, false);
         suspect.borrow_and_update();
@@ -271,21 +271,22 @@ async fn serve(
         if is_over {
             break "it was closed";
         }
+        let (mut may_gather, after_gather) = (false, std::mem::take(&mut just_gathered));
         tokio::select! {
             // What others have put in line is seen here for the first time once it wakes the task.
             is_sign = std::future::poll_fn(|context| front.poll_confirms(context, &mut ended)),
                 if gathers_until.is_none() =>
             {
-                let is_busy = front.with_window(|live| live.window.is_busy());
-                gathers_until = is_busy.then(|| Instant::now() + GATHER);
+                may_gather = true;
                 if is_sign {
                     session.note_sign();
                 }
                 tell(ended);
             }
-            () = front.task.0.notified(), if gathers_until.is_none() => {}
+            // After a gather it may only tell of what has gathered, and that is to be looked at.
+            () = front.task.0.notified(), if gathers_until.is_none() => may_gather = !after_gather,
             () = tokio::time::sleep_until(gathers_until.unwrap_or_else(Instant::now)), if gathers_until.is_some() => {
-                gathers_until = None;
+                (gathers_until, just_gathered) = (None, true);
             }
             Ok(()) = suspect.changed() => {}
             job = jobs.recv(), if takes_jobs => match job {
@@ -309,6 +310,10 @@ async fn serve(
             }
             // The end of a session shows in its channels as well; this says it when nothing is under way.
             _ = link.changed() => break "the session ended",
+        }
+        if may_gather {
+            let is_busy = front.with_window(|live| live.window.is_busy());
+            gathers_until = is_busy.then(|| Instant::now() + GATHER);
         }
     };
     // From here on nobody puts anything in line.

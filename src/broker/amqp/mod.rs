@@ -28,7 +28,10 @@
 //!
 //! A batch that was cut off by a break may be taken in part: the sender is told to send it again under the same ids.
 //! Acknowledgements are not confirmed by the protocol: those of the last milliseconds before RabbitMQ *and* this process
-//! are killed at once may be lost, and what they settled comes again. How often a message was handed out is known
+//! are killed at once may be lost, and what they settled comes again. From hop to hop they may be gathering in this
+//! process as well, so that a message is forwarded again, under its id, when that alone is killed. And a channel of
+//! RabbitMQ sends a quorum queue 32 of them and keeps the others until it has an answer: when the router is stopped just
+//! then they are lost with the channel, and what they settled comes again. How often a message was handed out is known
 //! exactly while this process lives; after that by RabbitMQ's count, which classic queues do not have.
 
 mod acks;
@@ -91,7 +94,7 @@ use self::users::Users;
 use self::wire::Trusted;
 use crate::broker::{
     Broker, BrokerError, BrokerErrorKind, Consumer, DeadPage, Depths, Health, Published, PullMode, PullOutcome, Pulled,
-    Queue, Receipt,
+    Queue, Receipt, Turn,
 };
 use crate::client::{ClientId, Limits};
 use crate::config::QueueType;
@@ -409,8 +412,13 @@ impl Broker for AmqpBroker {
         }
     }
 
-    async fn publish(&self, queue: &Queue, messages: Vec<Message>) -> Result<Published, BrokerError> {
-        publish::publish(&self.shared, queue, messages).await
+    async fn publish_in_turn(
+        &self,
+        queue: &Queue,
+        messages: Vec<Message>,
+        turn: Turn,
+    ) -> Result<Published, BrokerError> {
+        publish::publish(&self.shared, queue, messages, turn).await
     }
 
     async fn consume(&self, queue: &Queue, prefetch: u32) -> Result<Consumer, BrokerError> {

@@ -14,7 +14,7 @@ use super::settle::refused;
 use super::topology;
 use super::window::{Broken, Fate, Outgoing, Refusal};
 use super::wire::{self, Counts, short};
-use crate::broker::{BrokerError, BrokerErrorKind, Payload, Published, Queue};
+use crate::broker::{BrokerError, BrokerErrorKind, Payload, Published, Queue, Turn};
 use crate::envelope::{Message, SharedMessage};
 use crate::telemetry::Step;
 
@@ -38,6 +38,7 @@ pub(super) async fn publish(
     shared: &Arc<Shared>,
     queue: &Queue,
     messages: Vec<Message>,
+    turn: Turn,
 ) -> Result<Published, BrokerError> {
     let action = format!("append to queue {queue}");
     let session = shared.open_session(&action)?;
@@ -57,7 +58,7 @@ pub(super) async fn publish(
         let permits = u32::try_from(kib.min(PENDING_KIB_MAX)).expect("the bound fits");
         let room = Arc::clone(&shared.pending).acquire_many_owned(permits).await;
         let room = room.map_err(|_| BrokerError::new(BrokerErrorKind::Closed, &action))?;
-        let task = take(Arc::clone(shared), queue.clone(), messages, room);
+        let task = take(Arc::clone(shared), queue.clone(), messages, room, turn);
         shared.thread.carry(task).await
     };
     tokio::select! {
@@ -74,6 +75,7 @@ async fn take(
     queue: Queue,
     messages: Vec<Message>,
     _room: OwnedSemaphorePermit,
+    turn: Turn,
 ) -> Result<Published, BrokerError> {
     let action = format!("append to queue {queue}");
     let of_sender = matches!(queue, Queue::Outbox(_) | Queue::Notify(_));
@@ -94,7 +96,7 @@ async fn take(
             fresh.push(Arc::new(message));
         }
     }
-    append(&shared, &queue, &fresh, &action).await?;
+    append(&shared, &queue, &fresh, &action, turn).await?;
     if !fresh_ids.is_empty() {
         let noted = shared.dedup.note(Fact::Accepted, fresh_ids).await;
         noted.map_err(|error| db_error(format!("{action}: note own ids"), error))?;
@@ -110,12 +112,13 @@ async fn take(
 }
 
 /// Publishes messages to their queue. When that was deleted under us, it is declared again and they are published once
-/// more.
+/// more; but not where others may be in line behind them by then: their sender is told to come again.
 async fn append(
     shared: &Arc<Shared>,
     queue: &Queue,
     messages: &[SharedMessage],
     action: &str,
+    turn: Turn,
 ) -> Result<(), BrokerError> {
     let name = queue.to_string();
     let outgoing = |message: &SharedMessage| {
@@ -125,9 +128,11 @@ async fn append(
         Outgoing { exchange: topology::default_exchange(), key: short(&name), properties, body }
     };
     let mut left: Vec<&SharedMessage> = messages.iter().collect();
+    let is_followed = turn.is_awaited();
+    let mut turn = Some(turn);
     for is_last in [false, true] {
         let batch = left.iter().map(|message| outgoing(message)).collect();
-        let fates = shared.publish_on(shared.ingress(&name), batch).await;
+        let fates = shared.publish_in_turn(shared.ingress(&name), batch, None, turn.take()).await;
         let refusals: Vec<_> = left.into_iter().zip(fates).filter_map(|(one, fate)| Some((one, fate.err()?))).collect();
         let Some((_, why)) = refusals.first() else { return Ok(()) };
         if is_last || refusals.iter().any(|(_, why)| !matches!(why, Refusal::Unroutable)) {
@@ -137,6 +142,9 @@ async fn append(
         let restore = async move { on.restore_queue(&queue).await };
         // Once it ends, one way or the other.
         let _ = shared.thread.spawn(restore).await;
+        if is_followed {
+            return Err(refused(action, why, &name));
+        }
         left = refusals.into_iter().map(|(one, _)| one).collect();
     }
     unreachable!("the last round returns")

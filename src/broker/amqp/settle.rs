@@ -366,7 +366,7 @@ pub(super) fn refused(action: &str, why: &Refusal, target: &str) -> BrokerError 
 /// Acknowledges deliveries. False when a channel is gone that some came on.
 pub(super) fn acknowledge(held: impl IntoIterator<Item: Borrow<Held>>) -> bool {
     // Each channel is told, whatever became of the others.
-    by_channel(held).into_iter().fold(true, |all, (channel, mut tags)| channel.ack(&mut tags) && all)
+    by_channel(held).into_iter().fold(true, |all, (channel, tags)| channel.ack(&tags) && all)
 }
 
 fn by_channel(held: impl IntoIterator<Item: Borrow<Held>>) -> Vec<(Arc<IntakeChannel>, Vec<u64>)> {
@@ -384,8 +384,8 @@ fn by_channel(held: impl IntoIterator<Item: Borrow<Held>>) -> Vec<(Arc<IntakeCha
 /// Acknowledges what was handed over, and waits until that has left for RabbitMQ.
 pub(super) async fn acknowledge_and_flush(shared: &Shared, held: Vec<Held>) -> Result<(), lapin::Error> {
     shared.memory.note_gone(held.iter().map(|held| held.key));
-    for (channel, mut tags) in by_channel(held) {
-        channel.ack_and_flush(&mut tags).await?;
+    for (channel, tags) in by_channel(held) {
+        channel.ack_and_flush(&tags).await?;
     }
     Ok(())
 }

@@ -413,10 +413,10 @@ impl Batch for AmqpBatch {
             let noted = self.shared.dedup.note(Fact::Routed, ids).await;
             noted.map_err(|error| db_error(&action, error))?;
         }
-        let (Some(channel), mut tags) = (self.channel.take(), std::mem::take(&mut self.tags)) else { return Ok(()) };
+        let (Some(channel), tags) = (self.channel.take(), std::mem::take(&mut self.tags)) else { return Ok(()) };
         let (name, shared) = (self.name.clone(), Arc::clone(&self.shared));
         let task = async move {
-            let flushed = channel.ack_and_flush(&mut tags).await;
+            let flushed = channel.ack_and_flush(&tags).await;
             flushed.map_err(|error| broker_error(format!("acknowledge messages of queue {name}"), error))?;
             // Answered after it has taken what came before.
             let answer = channel.round_trip(&name).await;

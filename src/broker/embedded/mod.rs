@@ -61,7 +61,7 @@ pub use self::stock::EmbeddedStock;
 use self::window::broker_error;
 use crate::broker::{
     Broker, BrokerError, BrokerErrorKind, Consumer, DeadPage, Depths, Health, Published, PullMode, PullOutcome, Pulled,
-    Queue, Receipt,
+    Queue, Receipt, Turn,
 };
 use crate::client::{ClientId, Limits};
 use crate::db::Db;
@@ -326,8 +326,13 @@ impl Broker for Embedded {
         done.map_err(|error| broker_error(&format!("delete the queues of {client}"), &error))
     }
 
-    async fn publish(&self, queue: &Queue, messages: Vec<Message>) -> Result<Published, BrokerError> {
-        publish::publish(&self.shared, queue, messages).await
+    async fn publish_in_turn(
+        &self,
+        queue: &Queue,
+        messages: Vec<Message>,
+        turn: Turn,
+    ) -> Result<Published, BrokerError> {
+        publish::publish(&self.shared, queue, messages, turn).await
     }
 
     async fn consume(&self, queue: &Queue, prefetch: u32) -> Result<Consumer, BrokerError> {

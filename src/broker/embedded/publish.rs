@@ -7,7 +7,7 @@ use super::core::Core;
 use super::dedup::{Claim, IdHash, find, hash_of};
 use super::window::{OwnId, broker_error};
 use super::{PENDING_KIB_MAX, Shared};
-use crate::broker::{BrokerError, BrokerErrorKind, Payload, Published, Queue};
+use crate::broker::{BrokerError, BrokerErrorKind, Payload, Published, Queue, Turn};
 use crate::envelope::{Message, SharedMessage};
 use crate::telemetry::Step;
 use crate::time::Timestamp;
@@ -16,6 +16,7 @@ pub(super) async fn publish(
     shared: &Arc<Shared>,
     queue: &Queue,
     messages: Vec<Message>,
+    turn: Turn,
 ) -> Result<Published, BrokerError> {
     let refuse = |kind: BrokerErrorKind| BrokerError::new(kind, format!("append to queue {queue}"));
     if !shared.db.has_room() {
@@ -37,6 +38,7 @@ pub(super) async fn publish(
         core.open.permits.push(pending);
         Ok((core.wait_for_open(), duplicates))
     })?;
+    drop(turn);
     let count = duplicates.len() as u64;
     let duplicate_count = duplicates.iter().filter(|duplicate| **duplicate).count() as u64;
     shared.committed(durable, "append to a queue").await?;

@@ -1,16 +1,18 @@
 //! Sends of one connection that wait for the broker, in order.
 //!
-//! One publish is under way at a time, so that order holds (promise 3); what comes meanwhile joins the next one, so that
-//! a client that sends message after message shares commits as one that sends batches does.
+//! A publish begins as soon as the one before has its place in the queue, so that order holds (promise 3) and nobody
+//! waits for a confirm but who is told of it. What comes while none may begin joins the next one.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use futures_util::future::LocalBoxFuture;
+use futures_util::future::{LocalBoxFuture, OptionFuture};
+use futures_util::stream::FuturesOrdered;
+use futures_util::{FutureExt as _, StreamExt as _};
 use serde_json::value::RawValue;
 
 use super::outgoing::Outgoing;
-use crate::broker::{Broker, Queue};
+use crate::broker::{Broker, GivenOn, Queue, Turn};
 use crate::client::ClientId;
 use crate::directory::SendPermit;
 use crate::envelope::Message;
@@ -20,9 +22,12 @@ use crate::http::error::Problem;
 use crate::http::send::PUBLISH_TIMEOUT;
 use crate::intake::Kind;
 
-/// Frames that wait, and their bytes: a connection with more is not read from.
-const WAITING_MAX: usize = 1_024;
-const WAITING_BYTES_MAX: usize = 4 << 20;
+/// Frames that wait or are under way, and their bytes: a connection with more is not read from.
+const FRAMES_MAX: usize = 2_048;
+const BYTES_MAX: usize = 8 << 20;
+
+/// Publishes under way. A broker's confirm may take tens of milliseconds, and somebody may send a message every one.
+const UNDER_WAY_MAX: usize = 64;
 
 /// Messages that one publish takes at most, unless they came in one frame.
 const TOGETHER_MAX: usize = 10_000;
@@ -39,10 +44,11 @@ pub(super) struct Waiting {
     pub(super) permit: SendPermit,
 }
 
-/// A frame of the publish under way: what its answer needs.
+/// A frame of a publish under way: what its answer needs.
 struct Sent {
     reference: Option<Box<RawValue>>,
     messages: usize,
+    bytes: usize,
     ids: String,
     _room: Option<BodyRoom>,
     _permit: SendPermit,
@@ -59,66 +65,91 @@ pub(super) struct Publishing {
     broker: Arc<dyn Broker>,
     client: ClientId,
     waiting: VecDeque<Waiting>,
-    waiting_bytes: usize,
-    under_way: Option<LocalBoxFuture<'static, Done>>,
+    under_way: FuturesOrdered<LocalBoxFuture<'static, Done>>,
+    /// Whether the last one that was begun has its place.
+    placed: Option<GivenOn>,
+    /// Of what waits and what is under way.
+    frames: usize,
+    bytes: usize,
 }
 
 impl Publishing {
     pub(super) fn new(broker: Arc<dyn Broker>, client: ClientId) -> Self {
-        Self { broker, client, waiting: VecDeque::new(), waiting_bytes: 0, under_way: None }
+        let (waiting, under_way) = (VecDeque::new(), FuturesOrdered::new());
+        Self { broker, client, waiting, under_way, placed: None, frames: 0, bytes: 0 }
     }
 
     /// Whether more frames may come.
     pub(super) fn has_room(&self) -> bool {
-        self.waiting.len() < WAITING_MAX && self.waiting_bytes < WAITING_BYTES_MAX
+        self.frames < FRAMES_MAX && self.bytes < BYTES_MAX
     }
 
     /// Whether nothing waits for the broker.
     pub(super) fn is_idle(&self) -> bool {
-        self.under_way.is_none() && self.waiting.is_empty()
+        self.under_way.is_empty() && self.waiting.is_empty()
     }
 
     /// Nobody is left to be told: what is under way is carried on by the broker, what waits was not accepted.
     pub(super) fn abandon(&mut self) {
-        self.under_way = None;
+        self.under_way = FuturesOrdered::new();
         self.waiting.clear();
-        self.waiting_bytes = 0;
+        self.placed = None;
+        (self.frames, self.bytes) = (0, 0);
     }
 
     /// Takes a frame's messages.
     pub(super) fn push(&mut self, waiting: Waiting) {
-        self.waiting_bytes += waiting.bytes;
+        self.frames += 1;
+        self.bytes += waiting.bytes;
         self.waiting.push_back(waiting);
     }
 
-    /// Waits for the publish under way, beginning one when something waits. Waits for ever when nothing does. Safe to
-    /// drop: the publish is kept.
+    /// Begins publishes for what waits, and waits for the oldest. Waits for ever when there is none. Safe to drop: the
+    /// publishes are kept.
     pub(super) async fn next(&mut self) -> Done {
-        if self.under_way.is_none() {
-            self.begin();
-        }
-        match self.under_way.as_mut() {
-            Some(publish) => {
-                let done = publish.await;
-                self.under_way = None;
-                done
+        loop {
+            while !self.waiting.is_empty() && self.may_begin() {
+                let mut publish = self.begin();
+                // The first poll gives it its place, where there is room.
+                let publish = match publish.as_mut().now_or_never() {
+                    Some(done) => std::future::ready(done).boxed_local(),
+                    None => publish,
+                };
+                self.under_way.push_back(publish);
             }
-            None => std::future::pending().await,
+            let waits_for_place = !self.waiting.is_empty() && self.under_way.len() < UNDER_WAY_MAX;
+            tokio::select! {
+                Some(done) = self.under_way.next() => {
+                    self.frames -= done.sent.len();
+                    self.bytes -= done.sent.iter().map(|sent| sent.bytes).sum::<usize>();
+                    return done;
+                }
+                Some(()) = OptionFuture::from(self.placed.as_mut()), if waits_for_place => {}
+                else => std::future::pending().await,
+            }
         }
     }
 
-    fn begin(&mut self) {
-        let Some(kind) = self.waiting.front().map(|first| first.kind) else { return };
+    /// Whether nothing that is begun now could come before what was accepted. Where the last publish came to nothing its
+    /// place matters no more: the broker may be stuck with it, and the next is to be told so in its own time.
+    fn may_begin(&mut self) -> bool {
+        let is_placed = self.placed.as_mut().is_none_or(|placed| placed.now_or_never().is_some());
+        self.under_way.is_empty() || is_placed && self.under_way.len() < UNDER_WAY_MAX
+    }
+
+    /// A publish of what waits, as much of it as goes together.
+    fn begin(&mut self) -> LocalBoxFuture<'static, Done> {
         let (mut sent, mut messages): (Vec<Sent>, Vec<Message>) = (Vec::new(), Vec::new());
+        let kind = self.waiting.front().map_or(Kind::Topic, |first| first.kind);
         while let Some(next) = self.waiting.front()
             && next.kind == kind
             && (messages.is_empty() || messages.len() + next.checked.messages.len() <= TOGETHER_MAX)
             && let Some(next) = self.waiting.pop_front()
         {
-            self.waiting_bytes -= next.bytes;
             sent.push(Sent {
                 reference: next.reference,
                 messages: next.checked.messages.len(),
+                bytes: next.bytes,
                 ids: next.checked.ids,
                 _room: next.room,
                 _permit: next.permit,
@@ -134,13 +165,16 @@ impl Publishing {
             Kind::Broadcast => Queue::Notify(self.client.clone()),
         };
         let broker = Arc::clone(&self.broker);
-        self.under_way = Some(Box::pin(async move {
-            let result = match tokio::time::timeout(PUBLISH_TIMEOUT, broker.publish(&queue, messages)).await {
+        let (turn, placed) = Turn::new();
+        self.placed = Some(placed);
+        Box::pin(async move {
+            let publish = broker.publish_in_turn(&queue, messages, turn);
+            let result = match tokio::time::timeout(PUBLISH_TIMEOUT, publish).await {
                 Ok(published) => published.map(|published| published.duplicates).map_err(Problem::from),
                 Err(_) => Err(Problem::broker_unavailable()),
             };
             Done { sent, result }
-        }));
+        })
     }
 }
 

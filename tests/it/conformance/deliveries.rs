@@ -3,10 +3,13 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use backbone::broker::{BrokerErrorKind, DeadReason, Outcome, Queue, Target, settle};
+use backbone::broker::{BrokerErrorKind, DeadReason, Outcome, Queue, Target, Turn, settle};
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
 
 use crate::support::env::{
-    KillableEnv, delivered_bodies, forward_all, message, next, next_exactly, numbered, numbers, settle_all,
+    KillableEnv, client_id, delivered_bodies, forward_all, message, next, next_exactly, numbered, numbers, own_message,
+    settle_all,
 };
 use crate::support::wait::{A_WHILE, SOON};
 use crate::support::{BrokerEnv, eventually, stays_pending};
@@ -61,6 +64,27 @@ broker_tests! {
         drop(consumer);
         settle_all(batch, Outcome::Complete).await;
         eventually("it is settled", SOON, async || (env.depths(&a).await.outbox == 0).then_some(())).await;
+    }
+
+    async fn g2_only_what_was_not_settled_comes_back(env: &mut BrokerEnv) {
+        let a = env.client("a", &[]).await;
+        let outbox = Queue::Outbox(a.clone());
+        // Few enough that RabbitMQ keeps none of their acknowledgements waiting (`backbone::broker::amqp`, what is weaker).
+        env.publish(&outbox, numbered(&a, "x", 30)).await;
+        let mut consumer = env.consume(&outbox, 100).await;
+        let (mut kept, mut settled) = (Vec::new(), [Vec::new(), Vec::new()]);
+        for (at, delivery) in next_exactly(&mut consumer, 30).await.into_iter().enumerate() {
+            if at % 10 == 5 { kept.push(delivery) } else { settled[at % 2].push(delivery) }
+        }
+        for delivery in settled.into_iter().flatten() {
+            delivery.settle(Outcome::Complete).await.expect("settles");
+        }
+        // At once: acknowledgements may be on their way.
+        env.restart().await;
+        drop((consumer, kept));
+        env.publish(&outbox, vec![message(&a, Some("x"), "\"last\"")]).await;
+        let mut consumer = env.consume(&outbox, 100).await;
+        assert_eq!(delivered_bodies(&next_exactly(&mut consumer, 4).await), ["5", "15", "25", "\"last\""]);
     }
 
     async fn g2_the_unsettled_come_back_after_a_kill(env: &mut KillableEnv) {
@@ -144,6 +168,63 @@ broker_tests! {
             settle_all(batch, Outcome::Complete).await;
         }
         assert_eq!(came, numbers(n));
+    }
+
+    async fn g3_order_holds_for_a_source_that_does_not_wait(env: &mut BrokerEnv) {
+        let a = env.client("a", &[]).await;
+        let outbox = Queue::Outbox(a.clone());
+        let broker = env.broker();
+        let (mut sent, mut under_way) = (0, FuturesUnordered::new());
+        for n in 0..300 {
+            // More than may be on its way at once; and own ids, which are looked up first.
+            let batch = (0..n % 20 + 1).map(|at| match (n + at) % 50 {
+                0 => own_message(&a, &format!("own-{}", sent + at), Some("x"), &(sent + at).to_string()),
+                _ => message(&a, Some("x"), &(sent + at).to_string()),
+            });
+            let batch: Vec<_> = batch.collect();
+            sent += batch.len();
+            let (turn, mut given_on) = Turn::new();
+            under_way.push(broker.publish_in_turn(&outbox, batch, turn));
+            loop {
+                tokio::select! {
+                    biased;
+                    () = &mut given_on => break,
+                    Some(published) = under_way.next() => drop(published.expect("publishes")),
+                }
+            }
+        }
+        while let Some(published) = under_way.next().await {
+            published.expect("publishes");
+        }
+        let mut consumer = env.consume(&outbox, 1000).await;
+        let mut came = Vec::new();
+        while came.len() < sent {
+            let batch = next(&mut consumer, 1000).await;
+            came.extend(delivered_bodies(&batch));
+            settle_all(batch, Outcome::Complete).await;
+        }
+        assert_eq!(came, numbers(sent));
+    }
+
+    async fn g3_the_turn_is_given_on_before_the_result_is_known(env: &mut BrokerEnv) {
+        let a = env.client("a", &[]).await;
+        let outbox = Queue::Outbox(a.clone());
+        // Whatever is opened with the first message is open now.
+        env.publish(&outbox, numbered(&a, "x", 1)).await;
+        let broker = env.broker();
+        let (turn, given_on) = Turn::new();
+        let mut publish = broker.publish_in_turn(&outbox, vec![message(&a, Some("x"), "1")], turn);
+        let early = (&mut publish).now_or_never();
+        assert_eq!(given_on.now_or_never(), Some(()), "one look is enough");
+        match early {
+            Some(published) => drop(published.expect("publishes")),
+            None => drop(publish.await.expect("publishes")),
+        }
+        let (turn, given_on) = Turn::new();
+        let nobody = client_id("nobody");
+        let refused = broker.publish_in_turn(&Queue::Outbox(nobody.clone()), numbered(&nobody, "x", 1), turn).await;
+        assert_eq!(refused.expect_err("there is no queue").kind, BrokerErrorKind::NotFound);
+        assert_eq!(given_on.now_or_never(), Some(()), "one that is refused has its turn as well");
     }
 
     async fn g3_order_holds_from_hop_to_hop(env: &mut BrokerEnv) {

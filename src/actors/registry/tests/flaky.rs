@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use crate::broker::{
     self, Broker, BrokerError, BrokerErrorKind, Consume, Consumer, DeadPage, Delivery, Depths, Health, Published,
-    PullMode, PullOutcome, Pulled, Queue, Receipt, Settle, Settlement,
+    PullMode, PullOutcome, Pulled, Queue, Receipt, Settle, Settlement, Turn,
 };
 use crate::client::{ClientId, Limits};
 use crate::envelope::Message;
@@ -115,8 +115,13 @@ impl Broker for Flaky {
         fail(&self.faults.password, "set a password")
     }
 
-    async fn publish(&self, queue: &Queue, messages: Vec<Message>) -> Result<Published, BrokerError> {
-        self.inner.publish(queue, messages).await
+    async fn publish_in_turn(
+        &self,
+        queue: &Queue,
+        messages: Vec<Message>,
+        turn: Turn,
+    ) -> Result<Published, BrokerError> {
+        self.inner.publish_in_turn(queue, messages, turn).await
     }
 
     async fn consume(&self, queue: &Queue, prefetch: u32) -> Result<Consumer, BrokerError> {

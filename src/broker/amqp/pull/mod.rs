@@ -45,6 +45,11 @@ const MORE_WITHIN: Duration = Duration::from_secs(2);
 /// How often it asks again meanwhile.
 const ASK_AGAIN_AFTER: Duration = Duration::from_millis(10);
 
+/// How long messages may gather for a pull, when the one before has got this many and that is not longer ago: pull after
+/// pull for a few messages each would cost everybody more than it brings.
+const GATHER: Duration = Duration::from_millis(1);
+const THICK: usize = 4;
+
 /// See the module. One for each client that pulls.
 pub(super) struct Puller {
     shared: Arc<Shared>,
@@ -80,6 +85,8 @@ struct Inner {
     /// The most that one of them asks for.
     wanted: usize,
     last_pull: Instant,
+    /// How many the last one got, and when.
+    last_taken: (usize, Instant),
     /// When the task looks again by itself.
     looks_at: Instant,
     /// Whether the task runs.
@@ -133,6 +140,7 @@ impl Puller {
             pulls: 0,
             wanted: 0,
             last_pull: Instant::now(),
+            last_taken: (0, Instant::now()),
             looks_at: Instant::now(),
             is_running: false,
         };
@@ -185,7 +193,7 @@ impl Puller {
         let _pull = self.enter(max);
         let begun = Instant::now();
         let mut link = self.shared.link.subscribe();
-        let mut is_late = false;
+        let (mut is_late, mut has_gathered) = (false, false);
         loop {
             // Listening begins before anything is looked at, so no change is missed.
             let mut changed = std::pin::pin!(self.changed.0.notified());
@@ -196,6 +204,11 @@ impl Puller {
             link.borrow_and_update().session(&action())?;
             let until = match self.look(max) {
                 View::Complete => {
+                    if !has_gathered && self.comes_thick(max) {
+                        has_gathered = true;
+                        tokio::time::sleep(GATHER).await;
+                        continue;
+                    }
                     let taken = self.take(max, mode);
                     if !taken.is_empty() {
                         return self.hand_over(taken, mode, &action()).await;
@@ -321,9 +334,18 @@ impl Puller {
         has_changed
     }
 
+    /// Whether there is less than is asked for and more may be expected at once.
+    fn comes_thick(&self, max: usize) -> bool {
+        let inner = self.inner.lock();
+        let (count, at) = inner.last_taken;
+        let most = max.min(usize::from(task::prefetch(&inner)));
+        (1..most).contains(&inner.store.waiting()) && count >= THICK && at.elapsed() < GATHER
+    }
+
     fn take(&self, max: usize, mode: PullMode) -> Vec<Taken> {
         let mut inner = self.inner.lock();
         let taken = inner.store.take(max, mode, || NEXT_RECEIPT.fetch_add(1, Ordering::Relaxed));
+        inner.last_taken = (taken.len(), Instant::now());
         let is_due_sooner = inner.store.next_deadline().is_some_and(|at| at < inner.looks_at.into_std());
         drop(inner);
         if is_due_sooner {
