@@ -266,6 +266,9 @@ impl Shared {
                 }
             },
             None => {
+                // One after the other, as with a client: of a quorum queue that another is just declaring RabbitMQ says
+                // that it is there, and ends the connection of whoever then consumes it (3.10).
+                let _turn = self.internal_turn.lock().await;
                 let declared = session.control(async |channel| topology::declare_internal(channel, kind).await).await;
                 if let Err(error) = declared {
                     let error = broker_error("declare the backbone's own queues and exchanges again", error);

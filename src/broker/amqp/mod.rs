@@ -163,6 +163,8 @@ struct Shared {
     apart_intake: Intake,
     chore_intakes: Vec<Intake>,
     returned: Arc<Returned>,
+    /// Declaring the backbone's own again.
+    internal_turn: tokio::sync::Mutex<()>,
     dedup: Dedup,
     memory: ReturnMemory,
     sealer: seal::Sealer,
@@ -335,6 +337,7 @@ async fn start(options: Options, db: Db, telemetry: Telemetry) -> Result<Arc<Sha
         apart_intake: Intake::start(&thread, Role::Inboxes, link.subscribe(), &returned),
         chore_intakes: intakes(Role::Control, CHORE_INTAKES),
         returned,
+        internal_turn: tokio::sync::Mutex::default(),
         options,
         thread,
         db,
