@@ -57,17 +57,28 @@ struct Live {
     /// Whether nothing may be put in line although there is room.
     suspect: watch::Receiver<bool>,
     role: Role,
+    /// Nothing is put in line any more; another channel takes its place when nothing is on its way on this one.
+    is_retired: bool,
 }
 
 impl Live {
     /// Whether messages may be put in line. What is moved on goes through exchanges; what comes in does not.
     fn is_open(&self) -> bool {
-        self.channel.status().connected() && (self.role != Role::Relay || !*self.suspect.borrow())
+        let is_suspect = self.role == Role::Relay && *self.suspect.borrow();
+        self.channel.status().connected() && !is_suspect && !self.is_retired
     }
 
     /// Whether nothing comes of it any more.
     fn is_over(&self) -> bool {
-        !self.channel.status().connected() && self.window.is_empty()
+        (self.is_retired || !self.channel.status().connected()) && self.window.is_empty()
+    }
+
+    /// Retires the channel when RabbitMQ has refused a message on it. One that publishes to a quorum queue for the first
+    /// time while the node of its leader is down goes on asking that node, and refuses whatever is for the queue for as
+    /// long as the node is away (RabbitMQ 3.10, `rabbit_fifo_client`); a channel that is opened later knows the next
+    /// leader. Returns whether that is news.
+    fn retire_if_refused(&mut self) -> bool {
+        self.window.has_refused() && !std::mem::replace(&mut self.is_retired, true)
     }
 
     /// Puts messages in line, as many as there is room for. Batches whose last message met its fate go to `ended`.
@@ -249,7 +260,13 @@ async fn serve(
         _ = link.changed() => return Ok(()),
     };
     let mut suspect = session.suspicions();
-    let live = Live { channel: Arc::clone(&channel), window: Window::default(), suspect: session.suspicions(), role };
+    let live = Live {
+        channel: Arc::clone(&channel),
+        window: Window::default(),
+        suspect: session.suspicions(),
+        role,
+        is_retired: false,
+    };
     front.state.lock().live = Some(live);
     let open = Open(front);
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
@@ -299,6 +316,9 @@ async fn serve(
             _ = ticks.tick() => {
                 if !channel.status().connected() {
                     break "it was closed";
+                }
+                if front.with_window(Live::retire_if_refused) {
+                    log::warn!("RabbitMQ refuses messages; another channel is opened for them");
                 }
                 // One that gives no sign of life is dealt with as a whole.
                 if session.blocked().is_some() || session.is_silent() {

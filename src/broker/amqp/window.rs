@@ -122,6 +122,8 @@ pub(super) struct Window {
     returned: HashMap<u64, u32>,
     /// The channel was closed because an exchange is not there.
     is_suspect: bool,
+    /// A message was refused.
+    has_refused: bool,
     /// When a message was last confirmed, and when the youngest of those left.
     confirmed_at: Option<Instant>,
     confirmed_since: Option<Instant>,
@@ -153,6 +155,11 @@ impl Window {
     /// Whether confirms come faster than it is worth to look at each.
     pub(super) fn is_busy(&self) -> bool {
         self.flights.len() > BUSY
+    }
+
+    /// Whether RabbitMQ has refused a message.
+    pub(super) fn has_refused(&self) -> bool {
+        self.has_refused
     }
 
     /// Whether nothing is on its way.
@@ -241,7 +248,9 @@ impl Window {
         while let Some((flight, result)) = next {
             match result {
                 Ok(confirmation) => {
-                    let fate = if confirmation.is_nack() { Err(Refusal::Refused) } else { Ok(()) };
+                    let is_refused = confirmation.is_nack();
+                    self.has_refused |= is_refused;
+                    let fate = if is_refused { Err(Refusal::Refused) } else { Ok(()) };
                     if let Some(message) = confirmation.take_message() {
                         let delivery = &message.delivery;
                         let what = identity(&delivery.exchange, &delivery.routing_key, &delivery.properties);
