@@ -23,9 +23,12 @@ use super::window::{Broken, Done, Ended, Job, Outgoing, Refusal, Window, tell};
 /// Batches that may wait for room in the window; further senders wait to hand theirs over.
 const JOBS_WAITING: usize = 64;
 
-/// How long a busy lane lets confirms gather before it judges them: to be woken by each of them costs more than all the
-/// rest of it. No message waits longer for that, as the next queue has it long before its confirm is here.
-const GATHER: Duration = Duration::from_millis(1);
+/// How long confirms from hop to hop gather before they are judged: to be woken by each of them costs more than all the
+/// rest of it. No message waits for that, as the next queue has it long before its confirm is here.
+const GATHER: Duration = Duration::from_millis(2);
+
+/// How long those of what clients send gather while there are many: each has somebody who waits for it.
+const GATHER_INGRESS: Duration = Duration::from_millis(1);
 
 /// See the module.
 pub(super) struct Lane {
@@ -81,6 +84,14 @@ impl Live {
         self.window.has_refused() && !std::mem::replace(&mut self.is_retired, true)
     }
 
+    /// How long confirms are to gather from the first on.
+    fn gather(&self) -> Option<Duration> {
+        match self.role {
+            Role::Relay => Some(GATHER),
+            _ => self.window.is_busy().then_some(GATHER_INGRESS),
+        }
+    }
+
     /// Puts messages in line, as many as there is room for. Batches whose last message met its fate go to `ended`.
     fn fill(&mut self, context: &mut Context<'_>, ended: &mut Vec<Ended>) {
         if self.is_open() {
@@ -89,7 +100,7 @@ impl Live {
     }
 }
 
-/// The waker of confirms that the task has not seen yet.
+/// The waker of all confirms. While they gather, the task does not listen to it, and sleeps on.
 #[derive(Default)]
 struct Wakeup(Notify);
 
@@ -271,39 +282,37 @@ async fn serve(
     let open = Open(front);
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut gathers_until, mut just_gathered) = (None, false);
+    let waker = Waker::from(Arc::clone(&front.task));
+    let (mut gathers_until, mut is_due) = (None, false);
     let why = loop {
         let (mut ended, mut takes_jobs, mut is_over) = (Vec::new(), false, false);
+        let mut is_sign = false;
         suspect.borrow_and_update();
-        std::future::poll_fn(|context| {
-            front.with_window(|live| {
-                live.fill(context, &mut ended);
-                takes_jobs = live.is_open() && live.window.takes_jobs();
-                is_over = live.is_over();
-            });
-            Poll::Ready(())
-        })
-        .await;
+        front.with_window(|live| {
+            let context = &mut Context::from_waker(&waker);
+            if std::mem::take(&mut is_due) {
+                is_sign = live.window.poll_confirms(context, &mut ended) == Poll::Ready(true);
+            }
+            live.fill(context, &mut ended);
+            takes_jobs = live.is_open() && live.window.takes_jobs();
+            is_over = live.is_over();
+        });
+        if is_sign {
+            session.note_sign();
+        }
         tell(std::mem::take(&mut ended));
         if is_over {
             break "it was closed";
         }
-        let (mut may_gather, after_gather) = (false, std::mem::take(&mut just_gathered));
         tokio::select! {
-            // What others have put in line is seen here for the first time once it wakes the task.
-            is_sign = std::future::poll_fn(|context| front.poll_confirms(context, &mut ended)),
-                if gathers_until.is_none() =>
-            {
-                may_gather = true;
-                if is_sign {
-                    session.note_sign();
-                }
-                tell(ended);
+            () = front.task.0.notified(), if gathers_until.is_none() => {
+                gathers_until = front.with_window(|live| live.gather()).map(|wait| Instant::now() + wait);
+                is_due = gathers_until.is_none();
             }
-            // After a gather it may only tell of what has gathered, and that is to be looked at.
-            () = front.task.0.notified(), if gathers_until.is_none() => may_gather = !after_gather,
             () = tokio::time::sleep_until(gathers_until.unwrap_or_else(Instant::now)), if gathers_until.is_some() => {
-                (gathers_until, just_gathered) = (None, true);
+                // Told of what is about to be looked at.
+                let _ = front.task.0.notified().now_or_never();
+                (gathers_until, is_due) = (None, true);
             }
             Ok(()) = suspect.changed() => {}
             job = jobs.recv(), if takes_jobs => match job {
@@ -330,10 +339,6 @@ async fn serve(
             }
             // The end of a session shows in its channels as well; this says it when nothing is under way.
             _ = link.changed() => break "the session ended",
-        }
-        if may_gather {
-            let is_busy = front.with_window(|live| live.window.is_busy());
-            gathers_until = is_busy.then(|| Instant::now() + GATHER);
         }
     };
     // From here on nobody puts anything in line.
@@ -370,11 +375,5 @@ impl Front {
     fn with_window<T: Default>(&self, work: impl FnOnce(&mut Live) -> T) -> T {
         // Only the task takes it away, and only the task calls this.
         self.state.lock().live.as_mut().map(work).unwrap_or_default()
-    }
-
-    /// See [`Window::poll_confirms`].
-    fn poll_confirms(&self, context: &mut Context<'_>, ended: &mut Vec<Ended>) -> Poll<bool> {
-        let polled = self.with_window(|live| Some(live.window.poll_confirms(context, ended)));
-        polled.unwrap_or(Poll::Pending)
     }
 }
