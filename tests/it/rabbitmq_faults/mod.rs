@@ -3,6 +3,7 @@
 //! - `broker`: a node that is killed, stopped, blocked, hung, or closes its connections.
 //! - `network`: cut, silent, one-way and slow, by a proxy.
 //! - `deleted`: queues and exchanges deleted by somebody else.
+//! - `refused`: a queue that takes no messages.
 //! - `absent`: a broker that is not there when the router starts, and TLS.
 //! - `cluster`: a node of three is killed.
 //! - `many`: two thousand clients.
@@ -15,6 +16,7 @@ mod cluster;
 mod deleted;
 mod many;
 mod network;
+mod refused;
 
 use std::time::{Duration, Instant};
 
