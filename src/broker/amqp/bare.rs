@@ -59,6 +59,9 @@ pub struct Exit {
 pub struct Pipeline {
     connections: Vec<Connection>,
     control: Channel,
+    /// Kept until their connection is closed: lapin closes a channel that is dropped, and when the queue of its consumer
+    /// is deleted just then, it breaks the connection off.
+    channels: Vec<Channel>,
     queues: [String; 3],
     exchange: String,
     relays: Vec<tokio::task::JoinHandle<Result<(), BrokerError>>>,
@@ -96,14 +99,17 @@ impl Pipeline {
             control.exchange_declare(short(&exchange), ExchangeKind::Topic, durable, FieldTable::default()).await?;
             topology::bind(&control, &queues[2], &exchange, "bare.#").await?;
             let entry = Out::open(&connections[0], "", &queues[0]).await?;
-            let mut relays = Vec::new();
+            let (mut relays, mut channels) = (Vec::new(), vec![entry.channel.clone()]);
             for (from, exchange, key) in [(0, "", queues[1].as_str()), (1, exchange.as_str(), "bare.message")] {
                 let out = Out::open(&connections[2], exchange, key).await?;
                 let (channel, consumer) = consume(&connections[1], &queues[from]).await?;
+                channels.extend([out.channel.clone(), channel.clone()]);
                 relays.push(tokio::spawn(relay(channel, consumer, out)));
             }
             let (channel, consumer) = consume(&connections[3], &queues[2]).await?;
-            Ok((Self { connections, control, queues, exchange, relays }, Entry(entry), Exit { channel, consumer }))
+            channels.push(channel.clone());
+            let pipeline = Self { connections, control, channels, queues, exchange, relays };
+            Ok((pipeline, Entry(entry), Exit { channel, consumer }))
         };
         opened.await.map_err(|error| broker_error(ACTION, error))
     }
@@ -120,16 +126,19 @@ impl Pipeline {
             }
         }
         let deleted = async {
+            // The first one is that of `control`.
+            for connection in self.connections.iter().skip(1) {
+                connection.close(200, short("bye")).await?;
+            }
             for queue in &self.queues {
                 self.control.queue_delete(short(queue), QueueDeleteOptions::default()).await?;
             }
             self.control.exchange_delete(short(&self.exchange), ExchangeDeleteOptions::default()).await?;
-            for connection in &self.connections {
-                connection.close(200, short("bye")).await?;
-            }
-            Ok(())
+            self.connections[0].close(200, short("bye")).await
         };
-        deleted.await.map_err(|error| broker_error(ACTION, error))
+        let deleted = deleted.await;
+        drop(self.channels);
+        deleted.map_err(|error| broker_error(ACTION, error))
     }
 }
 
