@@ -178,7 +178,14 @@ broker_tests! {
             let ran = Cli::new(app, arguments).by(&client).run().await;
             assert!(ran.refused().contains(says), "{arguments:?}: {ran:?}");
         }
-        for wrong in [&["bogus"][..], &["send"], &["client", "update", "noc-c2"], &["receive", "--max", "0"]] {
+        let wrong = [
+            &["bogus"][..],
+            &["send"],
+            &["client", "update", "noc-c2"],
+            &["receive", "--max", "0"],
+            &["bench", "amqp-latency"],
+        ];
+        for wrong in wrong {
             let ran = Cli::new(app, wrong).by(&client).run().await;
             assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{wrong:?}: {ran:?}");
         }
@@ -456,6 +463,8 @@ mod rabbitmq {
             "pipe",
             "latency",
             "ws-latency",
+            "amqp",
+            "amqp-latency",
             "--baseline",
             "--broker",
             &url,
@@ -474,11 +483,19 @@ mod rabbitmq {
             "bare-latency",
             "bare-latency",
             "ws-latency",
+            "bare",
+            "bare",
+            "amqp",
+            "bare-latency",
+            "bare-latency",
+            "amqp-latency",
         ]
         .map(|name| (name, 300));
         let reports = bench_with_a_router_of_its_own(&arguments, &expected).await;
-        assert!(reports[2]["ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
-        for report in [&reports[5], &reports[8]] {
+        for report in [&reports[2], &reports[11]] {
+            assert!(report["ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
+        }
+        for report in [&reports[5], &reports[8], &reports[14]] {
             assert!(report["p99_ratio_to_baseline"].as_f64().is_some_and(|ratio| ratio > 0.0), "{reports:?}");
         }
         let arguments = ["onboard", "--clients", "20", "--baseline", "--broker", &url, "--queue-type", "classic"];

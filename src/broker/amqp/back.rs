@@ -6,9 +6,10 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use super::Shared;
+use super::channel::IntakeChannel;
 use super::consumer::{Pending, Rest};
 use super::held::Held;
-use super::intake::{First, GivenBack, IntakeChannel, Left, Note, Subscription};
+use super::intake::{First, GivenBack, Left, Note, Subscription};
 use super::returned::BackTo;
 use crate::broker::Queue;
 

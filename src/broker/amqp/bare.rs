@@ -8,7 +8,8 @@
 //! confirmed it, as many as it can at once; connections for publishing and for consuming apart. Everything that a
 //! router adds is left out: HTTP, clients, envelopes, own ids, traces, and what mends a break. For `backbone bench`.
 //!
-//! And clients' queues, declared and bound without a router: what onboarding is measured against.
+//! And clients' queues, declared and bound without a router: what onboarding is measured against. And clients that have
+//! the router between their queues, where the bare pipeline has its relays.
 
 use std::pin::Pin;
 use std::task::Poll;
@@ -67,6 +68,14 @@ pub struct Pipeline {
     relays: Vec<tokio::task::JoinHandle<Result<(), BrokerError>>>,
 }
 
+/// An AMQP client of a router. See the module.
+#[derive(Debug)]
+pub struct Client {
+    connections: [Connection; 2],
+    /// As in [`Pipeline`].
+    channels: [Channel; 2],
+}
+
 /// A channel with confirms, and where to.
 #[derive(Debug, Clone)]
 struct Out {
@@ -114,22 +123,20 @@ impl Pipeline {
         opened.await.map_err(|error| broker_error(ACTION, error))
     }
 
-    /// Deletes everything.
+    /// Deletes everything, whatever became of it.
     ///
     /// # Errors
     /// What ended a relay before this; else what RabbitMQ says.
     pub async fn close(self) -> Result<(), BrokerError> {
+        let mut ended = Ok(());
         for relay in self.relays {
             relay.abort();
-            if let Ok(ended) = relay.await {
-                ended?;
-            }
+            ended = ended.and(relay.await.unwrap_or(Ok(())));
         }
+        // The first one is that of `control`.
+        let closes = self.connections.iter().skip(1).map(|connection| connection.close(200, short("bye")));
+        let closed = futures_util::future::join_all(closes).await.into_iter().collect::<Result<(), _>>();
         let deleted = async {
-            // The first one is that of `control`.
-            for connection in self.connections.iter().skip(1) {
-                connection.close(200, short("bye")).await?;
-            }
             for queue in &self.queues {
                 self.control.queue_delete(short(queue), QueueDeleteOptions::default()).await?;
             }
@@ -138,7 +145,41 @@ impl Pipeline {
         };
         let deleted = deleted.await;
         drop(self.channels);
-        deleted.map_err(|error| broker_error(ACTION, error))
+        ended.and(closed.and(deleted).map_err(|error| broker_error(ACTION, error)))
+    }
+}
+
+impl Client {
+    /// Publishes to one queue and consumes from another, over a connection each. Both must be there.
+    ///
+    /// # Errors
+    /// When the URL cannot be read, or what RabbitMQ says.
+    pub async fn open(url: &str, outbox: &str, inbox: &str) -> Result<(Self, Entry, Exit), BrokerError> {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let addresses = Addresses::parse(url)?;
+        let opened = async {
+            let connect = ["in", "out"].map(|part| session::connect(addresses.nth(0), part));
+            let connections: [Connection; 2] =
+                futures_util::future::try_join_all(connect).await?.try_into().expect("two");
+            let mut entry = Out::open(&connections[0], "", outbox).await?;
+            // The router would take it for the same message again and again.
+            entry.properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+            let (channel, consumer) = consume(&connections[1], inbox).await?;
+            let channels = [entry.channel.clone(), channel.clone()];
+            Ok((Self { connections, channels }, Entry(entry), Exit { channel, consumer }))
+        };
+        opened.await.map_err(|error| broker_error(ACTION, error))
+    }
+
+    /// Closes its connections.
+    ///
+    /// # Errors
+    /// What RabbitMQ says.
+    pub async fn close(self) -> Result<(), BrokerError> {
+        let closes = self.connections.iter().map(|connection| connection.close(200, short("bye")));
+        let closed = futures_util::future::try_join_all(closes).await;
+        drop(self.channels);
+        closed.map(drop).map_err(|error| broker_error(ACTION, error))
     }
 }
 

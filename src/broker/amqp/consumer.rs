@@ -16,9 +16,10 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, oneshot};
 
 use super::Shared;
+use super::channel::IntakeChannel;
 use super::clients::Client;
 use super::held::{HELD_FOR_MAX, Held};
-use super::intake::{IntakeChannel, Left, Subscription};
+use super::intake::{Left, Subscription};
 use super::link::wait_up;
 use super::settle;
 use super::window::Broken;

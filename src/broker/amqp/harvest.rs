@@ -11,9 +11,10 @@ use lapin::message::Delivery;
 use tokio::sync::oneshot;
 
 use super::admin::set_apart_if_refused;
+use super::channel::IntakeChannel;
 use super::clients::Client;
 use super::error::{broker_error, unavailable};
-use super::intake::{self, Intake, IntakeChannel, Left, Note, Subscription};
+use super::intake::{self, Intake, Left, Note, Subscription};
 use super::{Shared, returned};
 use crate::broker::{BrokerError, Queue};
 use crate::config::QueueType;

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use lapin::message::Delivery;
 use parking_lot::Mutex;
 
-use super::intake::IntakeChannel;
+use super::channel::IntakeChannel;
 use super::wire::{self, Counts, Read, Trusted};
 use crate::broker::Payload;
 

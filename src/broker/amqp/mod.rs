@@ -39,6 +39,7 @@ mod address;
 mod admin;
 mod back;
 pub mod bare;
+mod channel;
 mod chores;
 mod clients;
 mod consumer;

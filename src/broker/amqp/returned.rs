@@ -15,7 +15,8 @@ use lapin::message::Delivery;
 use lapin::options::BasicGetOptions;
 use parking_lot::Mutex;
 
-use super::intake::{IntakeChannel, Note};
+use super::channel::IntakeChannel;
+use super::intake::Note;
 use super::wire::short;
 use crate::config::QueueType;
 

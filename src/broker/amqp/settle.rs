@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use super::Shared;
+use super::channel::IntakeChannel;
 use super::consumer::{ConsumerCore, Order};
 use super::dedup::{Claim, Fact, OwnId};
 use super::delay;
 use super::error::{db_error, unavailable};
 use super::held::Held;
-use super::intake::IntakeChannel;
 use super::limits;
 use super::topology;
 use super::window::{Fate, Outgoing, Refusal};

@@ -13,10 +13,10 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use lapin::message::Delivery;
 
 use super::address::Addresses;
+use super::channel::IntakeChannel;
 use super::dedup::{Fact, OwnId};
 use super::error::{Fault, broker_error, db_error, fault_of, unavailable};
 use super::harvest::Harvest;
-use super::intake::IntakeChannel;
 use super::settle::{delayed, refused};
 use super::window::Outgoing;
 use super::wire::{self, Counts, short};

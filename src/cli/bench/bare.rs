@@ -1,4 +1,5 @@
-//! What to measure a router on RabbitMQ against: the same queues in bare lapin, in the same run.
+//! What to measure a router on RabbitMQ against: the same queues in bare lapin, in the same run. And `amqp` and
+//! `amqp-latency`: the same load from AMQP clients, with the router where the bare pipeline has its relays.
 
 use std::rc::Rc;
 use std::time::Instant;
@@ -13,8 +14,9 @@ use super::onboard;
 use super::payload::{Payload, numbers};
 use super::report::Report;
 use super::scenarios::{report, report_arrived};
+use super::target::Target;
 use crate::broker::BrokerError;
-use crate::broker::amqp::bare::{Declarer, Entry, Exit, Grounds, Pipeline};
+use crate::broker::amqp::bare::{Client, Declarer, Entry, Exit, Grounds, Pipeline};
 use crate::cli::error::CliError;
 use crate::cli::interrupt::Interrupt;
 use crate::config::QueueType;
@@ -27,8 +29,7 @@ pub(super) async fn rate(options: &Options, seconds: f64, interrupt: &Interrupt)
     let mut tasks = Tasks::new(&run);
     tasks.spawn_sender(produce(Rc::clone(&run), entry, Rc::clone(&payload), options.window()));
     tasks.spawn(take(Rc::clone(&run), exit, payload.message_bytes(), |_, _| ()));
-    let outcome = tasks.finish("through bare queues", options.json, |run| run.ledger.borrow().arrived()).await;
-    close(pipeline, outcome).await?;
+    finish(tasks, "through bare queues", options, pipeline.close()).await?;
     let what = "a bare lapin pipeline of three queues, without a router".to_owned();
     Ok(report_arrived("bare", what, &run, "messages", "-"))
 }
@@ -38,16 +39,42 @@ pub(super) async fn latency(options: &Options, seconds: f64, interrupt: &Interru
     let payload = Rc::new(Payload::new("bare.message", options.bytes));
     let (pipeline, entry, exit) = open(options).await?;
     let run = Run::begin(options, seconds, 1, interrupt);
-    let (due, rate) = (Rc::new(Due::default()), options.rate.unwrap_or(RATE));
-    let mut tasks = Tasks::new(&run);
-    tasks.spawn_sender(tick(Rc::clone(&run), Rc::clone(&due), rate));
-    tasks.spawn_sender(produce_due(Rc::clone(&run), Rc::clone(&due), entry, Rc::clone(&payload)));
-    tasks.spawn(take(Rc::clone(&run), exit, payload.message_bytes(), move |run, number| due.arrived(run, number)));
-    let outcome = tasks.finish("at a steady rate", options.json, |run| run.ledger.borrow().arrived()).await;
-    close(pipeline, outcome).await?;
+    let rate = options.rate.unwrap_or(RATE);
+    steadily(&run, options, rate, entry, exit, payload, pipeline.close()).await?;
     let took = run.last_accepted.get() - run.started;
     let what = format!("a bare lapin pipeline of three queues at {rate} messages/s");
     Ok(report("bare-latency", what, &run, "messages", run.accepted.get(), took, "publish to delivery"))
+}
+
+/// Messages a second from one AMQP client to another, under the window of `pipe`.
+pub(super) async fn clients_rate(
+    target: &Target,
+    options: &Options,
+    interrupt: &Interrupt,
+) -> Result<Report, CliError> {
+    let (client, entry, exit, payload) = clients(target, options, "amqp").await?;
+    let run = Run::begin(options, options.seconds, 1, interrupt);
+    let mut tasks = Tasks::new(&run);
+    tasks.spawn_sender(produce(Rc::clone(&run), entry, Rc::clone(&payload), options.window()));
+    tasks.spawn(take(Rc::clone(&run), exit, payload.message_bytes(), |_, _| ()));
+    finish(tasks, "between AMQP clients", options, client.close()).await?;
+    let what = "published to an outbox and consumed from an inbox by AMQP clients".to_owned();
+    Ok(report_arrived("amqp", what, &run, "messages", "-"))
+}
+
+/// The same at a steady rate, from when a message is due to its arrival.
+pub(super) async fn clients_latency(
+    target: &Target,
+    options: &Options,
+    interrupt: &Interrupt,
+) -> Result<Report, CliError> {
+    let (client, entry, exit, payload) = clients(target, options, "amqp-latency").await?;
+    let run = Run::begin(options, options.seconds, 1, interrupt);
+    let rate = options.rate.unwrap_or(RATE);
+    steadily(&run, options, rate, entry, exit, payload, client.close()).await?;
+    let took = run.last_accepted.get() - run.started;
+    let what = format!("published to an outbox and consumed from an inbox by AMQP clients at {rate} messages/s");
+    Ok(report("amqp-latency", what, &run, "messages", run.accepted.get(), took, "publish to delivery"))
 }
 
 /// Clients' queues a second, over as many channels as `onboard` has connections.
@@ -93,15 +120,54 @@ fn place(options: &Options) -> (&str, QueueType, String) {
     (options.broker.as_deref().unwrap_or_default(), kind, format!("backbone-bench-{:08x}", rand::random::<u32>()))
 }
 
+/// Publishes and takes at a steady rate, and then closes what is between.
+async fn steadily(
+    run: &Rc<Run>,
+    options: &Options,
+    rate: u64,
+    entry: Entry,
+    exit: Exit,
+    payload: Rc<Payload>,
+    close: impl Future<Output = Result<(), BrokerError>>,
+) -> Result<(), CliError> {
+    let due = Rc::new(Due::at(rate, run));
+    let mut tasks = Tasks::new(run);
+    tasks.spawn_sender(tick(Rc::clone(run), Rc::clone(&due), rate));
+    tasks.spawn_sender(produce_due(Rc::clone(run), Rc::clone(&due), entry, Rc::clone(&payload)));
+    tasks.spawn(take(Rc::clone(run), exit, payload.message_bytes(), move |run, number| due.arrived(run, number)));
+    finish(tasks, "at a steady rate", options, close).await
+}
+
+/// Waits for the tasks, and closes whatever became of them.
+async fn finish(
+    tasks: Tasks,
+    what: &'static str,
+    options: &Options,
+    close: impl Future<Output = Result<(), BrokerError>>,
+) -> Result<(), CliError> {
+    let outcome = tasks.finish(what, options.json, |run| run.ledger.borrow().arrived()).await;
+    let closed = close.await.map_err(|error| failed(&error));
+    outcome.and(closed)
+}
+
+/// A client that publishes and one that consumes, on the router.
+async fn clients(
+    target: &Target,
+    options: &Options,
+    name: &'static str,
+) -> Result<(Client, Entry, Exit, Rc<Payload>), CliError> {
+    let topic = target.topic(name);
+    let receiver = target.onboard(&format!("{name}-in"), std::slice::from_ref(&topic)).await?;
+    let sender = target.onboard(&format!("{name}-out"), &[]).await?;
+    let (url, outbox, inbox) = (place(options).0, format!("{}-outbox", sender.id), format!("{}-inbox", receiver.id));
+    let opened = Client::open(url, &outbox, &inbox).await;
+    let (client, entry, exit) = opened.map_err(|error| failed(&error))?;
+    Ok((client, entry, exit, Rc::new(Payload::new(&topic, options.bytes))))
+}
+
 async fn open(options: &Options) -> Result<(Pipeline, Entry, Exit), CliError> {
     let (url, kind, name) = place(options);
     Pipeline::open(url, kind, &name).await.map_err(|error| failed(&error))
-}
-
-/// Deletes its queues, whatever became of the run.
-async fn close(pipeline: Pipeline, outcome: Result<(), CliError>) -> Result<(), CliError> {
-    let closed = pipeline.close().await.map_err(|error| failed(&error));
-    outcome.and(closed)
 }
 
 fn failed(error: &BrokerError) -> CliError {

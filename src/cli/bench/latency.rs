@@ -28,6 +28,12 @@ const BEHIND_S_MAX: u64 = 10;
 /// Messages a second, unless told otherwise.
 pub(super) const RATE: u64 = 1000;
 
+/// Messages that are not timed, in seconds of the rate: a router that has just started is not at its steady rate yet.
+const WARM_UP_S: u64 = 1;
+
+/// Nor more of them than one in so many of all.
+const WARM_UP_SHARE: u64 = 5;
+
 /// Seconds of a long poll.
 const POLL_S: u32 = 5;
 
@@ -38,9 +44,16 @@ pub(super) struct Due {
     since: RefCell<Vec<Instant>>,
     more: Notify,
     is_over: Cell<bool>,
+    /// The first so many are not timed.
+    warm_up: u64,
 }
 
 impl Due {
+    /// For messages that come due at `rate` messages a second until `run` is over.
+    pub(super) fn at(rate: u64, run: &Run) -> Self {
+        Self { warm_up: warm_up(rate, run.planned(rate)), ..Self::default() }
+    }
+
     /// Resolves when more are due, or there will be no more. To be made before looking, so that nothing that comes due
     /// between is slept through.
     pub(super) fn more(&self) -> impl Future<Output = ()> {
@@ -57,9 +70,11 @@ impl Due {
         self.is_over.get() && self.waiting.borrow().is_empty()
     }
 
-    /// Times one that has arrived.
+    /// Times one that has arrived, unless it belongs to the warm-up.
     pub(super) fn arrived(&self, run: &Run, number: u64) {
-        if let Some(since) = self.since.borrow().get(number as usize) {
+        if let Some(since) = self.since.borrow().get(number as usize)
+            && number >= self.warm_up
+        {
             run.times.borrow_mut().add(since.elapsed());
         }
     }
@@ -72,8 +87,8 @@ pub(super) async fn latency(target: &Target, options: &Options, interrupt: &Inte
     let receiver = target.onboard("latency-in", std::slice::from_ref(&topic)).await?;
     let sender = target.onboard("latency-out", &[]).await?;
     let payload = Rc::new(Payload::new(&topic, options.bytes));
-    let due = Rc::new(Due::default());
     let run = Run::begin(options, options.seconds, 1, interrupt);
+    let due = Rc::new(Due::at(rate, &run));
     let mut tasks = Tasks::new(&run);
     tasks.spawn_sender(tick(Rc::clone(&run), Rc::clone(&due), rate));
     for _ in 0..connections {
@@ -151,5 +166,22 @@ pub(super) async fn send_due(
         }
         accepted(number);
         run.accept(number..number + 1);
+    }
+}
+
+/// How many of `planned` messages are not timed.
+fn warm_up(rate: u64, planned: u64) -> u64 {
+    (rate * WARM_UP_S).min(planned / WARM_UP_SHARE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_second_is_not_timed_nor_more_than_a_fifth() {
+        assert_eq!(warm_up(1000, 10_000), 1000);
+        assert_eq!(warm_up(1000, 2000), 400);
+        assert_eq!(warm_up(1000, 4), 0);
     }
 }

@@ -88,6 +88,12 @@ impl Run {
         Some(from..to)
     }
 
+    /// How many messages it is going to be at `rate` messages a second.
+    pub(super) fn planned(&self, rate: u64) -> u64 {
+        let by_the_clock = (self.deadline - self.started).as_secs_f64() * rate as f64;
+        (by_the_clock as u64).min(self.limit)
+    }
+
     /// How many numbers were taken.
     pub(super) fn taken(&self) -> u64 {
         self.next.get()

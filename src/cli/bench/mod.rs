@@ -45,6 +45,10 @@ enum Scenario {
     Ws,
     /// The same at a steady rate: send to receive
     WsLatency,
+    /// From one AMQP client to another, on RabbitMQ
+    Amqp,
+    /// The same at a steady rate: publish to delivery
+    AmqpLatency,
     /// Webhooks to one healthy receiver, 256 at once
     Webhook,
     /// 202 to webhook at a steady rate
@@ -57,7 +61,7 @@ enum Scenario {
     Traced,
     /// A bare durable handler under the load of `send`: the limit to compare with
     Baseline,
-    /// All but the last three
+    /// All but the last three; those of AMQP clients on RabbitMQ only
     All,
 }
 
@@ -136,14 +140,14 @@ struct Options {
     /// Inboxes (fanout)
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
     inboxes: u32,
-    /// Messages a second [default: latency and ws-latency 1000, webhook-latency 500]
+    /// Messages a second [default: latency, ws-latency and amqp-latency 1000, webhook-latency 500]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
     rate: Option<u64>,
     /// Clients (onboard)
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     clients: u64,
     /// Measure a baseline before and after, and say how near it comes: for send a bare durable handler; with RabbitMQ
-    /// for pipe and the latencies three queues in bare lapin, for onboard clients' queues; for webhook a bare client that signs and posts, with RabbitMQ
+    /// for pipe, amqp and the latencies three queues in bare lapin, for onboard clients' queues; for webhook a bare client that signs and posts, with RabbitMQ
     /// what a client pulls
     #[arg(long)]
     baseline: bool,
@@ -184,8 +188,10 @@ impl Options {
             Scenario::Traced => Some(Yardstick::Pipe("untraced", Variant { is_traced: false, is_watched: false })),
             _ if !self.baseline => None,
             Scenario::Send => Some(Yardstick::Handler),
-            Scenario::Pipe if is_rabbitmq => Some(Yardstick::BareRate),
-            Scenario::Latency | Scenario::WsLatency if is_rabbitmq => Some(Yardstick::BareLatency),
+            Scenario::Pipe | Scenario::Amqp if is_rabbitmq => Some(Yardstick::BareRate),
+            Scenario::Latency | Scenario::WsLatency | Scenario::AmqpLatency if is_rabbitmq => {
+                Some(Yardstick::BareLatency)
+            }
             Scenario::Onboard if is_rabbitmq => Some(Yardstick::BareOnboard),
             Scenario::Webhook if is_rabbitmq => Some(Yardstick::Pipe("pipe", Variant::PLAIN)),
             Scenario::Webhook => Some(Yardstick::BareCaller),
@@ -220,9 +226,13 @@ impl Bench {
     }
 
     fn chosen(&self) -> Vec<Scenario> {
-        use Scenario::{All, Fanout, Latency, Onboard, Pipe, Send, Webhook, WebhookLatency, Ws, WsLatency};
+        use Scenario::{
+            All, Amqp, AmqpLatency, Fanout, Latency, Onboard, Pipe, Send, Webhook, WebhookLatency, Ws, WsLatency,
+        };
+        let is_rabbitmq = self.options.is_rabbitmq();
+        let all = [Send, Pipe, Fanout, Latency, Ws, WsLatency, Amqp, AmqpLatency, Webhook, WebhookLatency, Onboard];
         let chosen = self.scenarios.iter().flat_map(|scenario| match scenario {
-            All => vec![Send, Pipe, Fanout, Latency, Ws, WsLatency, Webhook, WebhookLatency, Onboard],
+            All => all.into_iter().filter(|one| is_rabbitmq || !matches!(one, Amqp | AmqpLatency)).collect(),
             one => vec![*one],
         });
         chosen.collect()
@@ -265,6 +275,11 @@ impl Bench {
         scenario: Scenario,
         interrupt: Interrupt,
     ) -> Result<Vec<Report>, CliError> {
+        if matches!(scenario, Scenario::Amqp | Scenario::AmqpLatency) && !self.options.is_rabbitmq() {
+            return Err(CliError::usage(
+                "only a router on RabbitMQ has AMQP clients: name its broker, --broker amqp://…",
+            ));
+        }
         let variant = Variant { is_watched: scenario == Scenario::Watched, ..Variant::PLAIN };
         let Some(yardstick) = self.options.yardstick(scenario) else {
             return Ok(vec![self.measured(context, scenario, variant, &self.options, &interrupt).await?]);
@@ -361,6 +376,8 @@ async fn run(
         Scenario::Latency => latency::latency(target, options, interrupt).await,
         Scenario::Ws => sockets::ws(target, options, interrupt).await,
         Scenario::WsLatency => sockets::latency(target, options, interrupt).await,
+        Scenario::Amqp => bare::clients_rate(target, options, interrupt).await,
+        Scenario::AmqpLatency => bare::clients_latency(target, options, interrupt).await,
         Scenario::Webhook => webhook::rate(target, options, interrupt).await,
         Scenario::WebhookLatency => webhook::latency(target, options, interrupt).await,
         Scenario::Onboard => onboard::onboard(target, options, interrupt).await,

@@ -73,8 +73,8 @@ pub(super) async fn latency(target: &Target, options: &Options, interrupt: &Inte
     let sender = target.onboard("ws-latency-out", &[]).await?;
     let payload = Rc::new(Payload::new(&topic, options.bytes));
     let (source, sink) = (target.socket(&sender).await?, target.socket(&receiver).await?);
-    let due = Rc::new(Due::default());
     let run = Run::begin(options, options.seconds, 1, interrupt);
+    let due = Rc::new(Due::at(rate, &run));
     let mut tasks = Tasks::new(&run);
     tasks.spawn_sender(tick(Rc::clone(&run), Rc::clone(&due), rate));
     tasks.spawn_sender(send_due(Rc::clone(&run), Rc::clone(&due), source, Rc::clone(&payload)));

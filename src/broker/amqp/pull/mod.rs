@@ -26,10 +26,11 @@ use tokio::time::Instant;
 
 use self::state::{Store, Taken, Waiting};
 use super::Shared;
+use super::channel::IntakeChannel;
 use super::clients::Client;
 use super::error::unavailable;
 use super::held::Held;
-use super::intake::{IntakeChannel, Subscription};
+use super::intake::Subscription;
 use super::settle::{acknowledge_and_flush, admit};
 use super::topology;
 use crate::broker::{BrokerError, BrokerErrorKind, PullMode, Pulled, Queue, Receipt};

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use super::super::channel::IntakeChannel;
 use super::super::held::{HELD_FOR_MAX, Held};
-use super::super::intake::IntakeChannel;
 use crate::broker::{Payload, PullMode};
 use crate::envelope::SharedMessage;
 
