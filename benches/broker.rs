@@ -52,7 +52,8 @@ impl Subject {
             Self::Embedded => embedded::open(db.clone(), embedded::Options { dedup_window }, telemetry).await.unwrap(),
             Self::RabbitMq { url, queue_type } => {
                 let (url, queue_type) = (url.clone(), *queue_type);
-                let options = amqp::Options { url, queue_type, management_url: None, dedup_window };
+                let options =
+                    amqp::Options { url, queue_type, management_url: None, dedup_window, held_for: amqp::HELD_FOR };
                 let broker = amqp::connect(options, db.clone(), telemetry).await.unwrap();
                 let deadline = Instant::now() + Duration::from_secs(30);
                 while broker.health() != Health::Ready {

@@ -392,6 +392,7 @@ async fn open_broker(config: &Config, db: &Db, telemetry: &Telemetry) -> Result<
                 queue_type: config.queue_type,
                 management_url: config.rabbitmq_management_url.clone(),
                 dedup_window: config.dedup_window,
+                held_for: crate::broker::amqp::HELD_FOR,
             };
             crate::broker::amqp::connect(options, db.clone(), Arc::clone(telemetry)).await
         }

@@ -26,7 +26,7 @@ use crate::broker::amqp::{self, AmqpStock};
 use crate::broker::embedded::EmbeddedStock;
 use crate::broker::stock::{Kind, Shelf, Stock};
 use crate::broker::{BrokerError, Queue};
-use crate::client::ClientRecord;
+use crate::client::{ClientId, ClientRecord};
 use crate::config::{BrokerChoice, Config};
 use crate::db::{Db, DbError, DbErrorKind};
 use crate::store::Store;
@@ -331,6 +331,7 @@ impl Mover<'_> {
             queue_type: self.config.queue_type,
             management_url: self.config.rabbitmq_management_url.clone(),
             dedup_window: self.config.dedup_window,
+            held_for: amqp::HELD_FOR,
         };
         let (db, max) = (self.db.clone(), self.config.max_message_bytes);
         AmqpStock::connect(options, db, telemetry::new(0), clients, max, CONNECT_PATIENCE).await
@@ -342,7 +343,7 @@ impl Mover<'_> {
         ends: &Ends,
         store: &Store,
         clients: &[ClientRecord],
-        unfinished: Vec<crate::client::ClientId>,
+        unfinished: Vec<ClientId>,
         note: Option<Note>,
         resumed: Option<Phase>,
         tell: &mut impl FnMut(Event<'_>),
@@ -354,26 +355,26 @@ impl Mover<'_> {
                 shelf => MigrateError::Consumed { queue: shelf.to_string(), place },
             });
         }
-        let waiting = ends.source().shelves().await?;
-        let messages = waiting.iter().map(|(_, messages)| messages).sum();
+        let mut waiting = ends.source().shelves().await?;
         if resumed.is_none() {
             let is_same = note.is_some_and(|note| (&note.from, &note.to) == (&self.from, &self.to));
-            if is_same && messages == 0 {
+            if is_same && waiting.is_empty() {
                 return self.summary(ends, clients.len(), true).await;
             }
             self.refuse_other_data(ends).await?;
         }
+        if !unfinished.is_empty() {
+            delete_unfinished(ends, store, unfinished).await?;
+            // What they had on their shelves went with them.
+            waiting = ends.source().shelves().await?;
+        }
+        let messages = waiting.iter().map(|(_, messages)| messages).sum();
         tell(Event::Begun { messages, resumed: resumed.is_some() });
         if resumed != Some(Phase::Moving) {
             if resumed.is_none() {
                 ends.embedded.begin_count().await?;
             }
             self.note(store, Phase::Preparing).await?;
-            for id in unfinished {
-                // What the next start would do.
-                ends.source().delete_client(&id).await?;
-                store.remove(&id).await.map_err(|source| MigrateError::File { action: "remove a client", source })?;
-            }
             ends.target().prepare(clients).await?;
             if !self.plan.append {
                 ends.target().forget_own_ids().await?;
@@ -420,6 +421,15 @@ impl Mover<'_> {
         let moved = ends.embedded.moved().await?;
         Ok(Summary { from: self.from.clone(), to: self.to.clone(), clients, moved, was_done })
     }
+}
+
+/// Deletes what is left of clients whose creation or deletion was cut short, as the next start would.
+async fn delete_unfinished(ends: &Ends, store: &Store, unfinished: Vec<ClientId>) -> Result<(), MigrateError> {
+    for id in unfinished {
+        ends.source().delete_client(&id).await?;
+        store.remove(&id).await.map_err(|source| MigrateError::File { action: "remove a client", source })?;
+    }
+    Ok(())
 }
 
 async fn copy_own_ids(ends: &Ends) -> Result<(), BrokerError> {

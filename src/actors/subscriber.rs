@@ -59,11 +59,11 @@ impl Subscriber {
     fn restore(&mut self, ctx: &mut Context<Self>) {
         let (shared, client, patterns) = (Arc::clone(&self.shared), self.client.clone(), self.patterns.clone());
         let work = async move {
-            let limits = shared.directory.get(client.as_str()).map(|entry| entry.record.limits.clone());
-            // Not in the directory: it is being deleted, and nothing is to be declared any more.
-            let Some(limits) = limits else { return Ok(()) };
             shared
                 .set_up(async {
+                    let limits = shared.directory.get(client.as_str()).map(|entry| entry.record.limits.clone());
+                    // Not in the directory: it is being deleted, and nothing is to be declared any more.
+                    let Some(limits) = limits else { return Ok(()) };
                     shared.broker.declare_client(&client, &limits).await?;
                     shared.broker.bind(&client, &patterns).await
                 })

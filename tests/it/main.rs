@@ -10,7 +10,9 @@
 //! - `differential`: both brokers route alike. `migrate`: from one broker to the other and back.
 //! - `crash`, `disk_full`, `hostile`, `panic`: what must not hurt.
 //! - `rabbitmq_broker`: what only RabbitMQ can do to its broker.
+//! - `rabbitmq_clients`: clients that come and go there.
 //! - `rabbitmq_faults`: what brokers and networks do, under load.
+//! - `rabbitmq_held`: deliveries that are held for long.
 //! - `deploy`: what `deploy/` and `.env.example` say of the settings.
 //! - `ws`: the WebSocket.
 //! - `openapi`: the document against the live server. `metrics`: what Prometheus sees, and what `deploy/` asks of it.
@@ -49,7 +51,9 @@ mod migrate;
 mod openapi;
 mod panic;
 mod rabbitmq_broker;
+mod rabbitmq_clients;
 mod rabbitmq_faults;
+mod rabbitmq_held;
 mod traces;
 mod webhook_contract;
 mod webhook_flow;

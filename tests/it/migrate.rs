@@ -37,6 +37,7 @@ on_each_rabbitmq!(
     everything_is_moved_to_rabbitmq_and_the_window_of_own_ids_works_on,
     what_was_moved_there_and_back_is_what_it_was,
     killed_again_and_again_it_loses_nothing_and_doubles_nothing_but_ids,
+    what_is_there_for_nobody_any_more_is_not_moved,
 );
 
 /// For how long what is delayed is.
@@ -78,11 +79,16 @@ impl House {
         Db::open(&self.directory.path().join("backbone.db")).expect("opens the file")
     }
 
-    /// Registers clients.
-    async fn register(&self, clients: &[(&str, &[&str], Limits)]) {
+    async fn registry(&self) -> (Db, Store) {
         let db = self.db();
         let secret = TokenSecret::parse(&self.token_secret).expect("a token secret");
         let store = Store::open(db.clone(), &secret).await.expect("opens the registry");
+        (db, store)
+    }
+
+    /// Registers clients.
+    async fn register(&self, clients: &[(&str, &[&str], Limits)]) {
+        let (db, store) = self.registry().await;
         for (id, patterns, limits) in clients {
             let record = ClientRecord {
                 client_id: client_id(id),
@@ -115,6 +121,7 @@ impl House {
             queue_type: self.kind.queue_type(),
             management_url: None,
             dedup_window: Duration::from_secs(600),
+            held_for: backbone::broker::amqp::HELD_FOR,
         };
         let telemetry = backbone::telemetry::new(0);
         let broker = backbone::broker::amqp::connect(options, db.clone(), telemetry).await.expect("opens");
@@ -562,6 +569,44 @@ async fn killed_again_and_again_it_loses_nothing_and_doubles_nothing_but_ids(kin
         let once: BTreeSet<_> = came.dead[client].iter().cloned().collect();
         assert_eq!(once, letters.iter().cloned().collect(), "dead letters of {client}");
     }
+}
+
+async fn what_is_there_for_nobody_any_more_is_not_moved(kind: BrokerKind) {
+    let house = House::new(kind).await;
+    let [stays, gone, half] = ["stays", "gone", "half"].map(client_id);
+    house.register(&[("stays", &["x"], Limits::default())]).await;
+    let open = house.rabbitmq().await;
+    let broker = &open.broker;
+    for id in [&stays, &gone, &half] {
+        broker.declare_client(id, &Limits::default()).await.expect("declares");
+        broker.bind(id, &[Pattern::parse("x").expect("a pattern")]).await.expect("binds");
+    }
+    broker.publish(&Queue::Publish, numbered(&stays, "x", 1)).await.expect("publishes");
+    let mut consumer = broker.consume(&Queue::Publish, 1).await.expect("consumes");
+    crate::support::env::forward_all(next_exactly(&mut consumer, 1).await, Target::Topic).await;
+    for id in [&stays, &gone] {
+        let mut consumer = broker.consume(&Queue::Inbox(id.clone()), 1).await.expect("consumes");
+        let delay = Outcome::Delay { delay: Duration::from_secs(600), attempts: 1 };
+        crate::support::env::settle_all(next_exactly(&mut consumer, 1).await, delay).await;
+    }
+    // One is deleted while something is delayed for it; of the other the deletion was cut off before its queues went.
+    broker.delete_client(&gone).await.expect("deletes");
+    drop(consumer);
+    open.close().await;
+    let (db, store) = house.registry().await;
+    store.mark_unfinished(&half).await.expect("marks");
+    db.close();
+
+    let events = json_lines(&done(house.to_embedded(&["--json"])).await);
+    let last = events.last().expect("says that it is done");
+    assert_eq!((&last["moved"]["delayed"], &last["total"]), (&json!(1), &json!(1)), "{last}");
+    let open = house.embedded().await;
+    assert_eq!(open.broker.depths(&stays).await.expect("counts").inbox, 1);
+    for id in [&gone, &half] {
+        let unknown = open.broker.depths(id).await.expect_err("it is gone");
+        assert_eq!(unknown.kind, backbone::broker::BrokerErrorKind::NotFound);
+    }
+    open.close().await;
 }
 
 /// What a refused or interrupted move says, and leaves.

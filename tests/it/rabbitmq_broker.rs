@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use backbone::broker::{BrokerErrorKind, DeadReason, Health, Outcome, PullMode, Queue, Target};
-use backbone::client::Limits;
+use backbone::client::{ClientId, Limits};
 use reqwest::Method;
 use serde_json::json;
 
+use crate::support::amqp::{Peer, outgoing};
 use crate::support::env::{
     BrokerEnv, bodies, client_id, delivered_bodies, message, next_exactly, numbered, numbers, settle_all,
     try_forward_all,
@@ -218,4 +219,67 @@ async fn a_classic_queue_without_a_declared_type_is_told_as_well() {
     assert_eq!(refused.kind, BrokerErrorKind::Conflict);
     assert!(refused.to_string().contains("b-inbox"), "{refused}");
     env.finish().await;
+}
+
+/// Ids of a client's dead letters, page by page; `replay` puts each page back before the next one is asked for.
+async fn paged(env: &BrokerEnv, client: &ClientId, limit: usize, replay: bool) -> Vec<String> {
+    let (mut all, mut after) = (Vec::new(), None);
+    for _ in 0..20 {
+        let page = env.broker().dead_letters(client, after.as_deref(), limit).await.expect("lists");
+        let ids: Vec<String> = page.dead_letters.into_iter().map(|dead| dead.id).collect();
+        if replay {
+            let replayed = env.broker().replay_dead(client, Some(&ids)).await.expect("replays");
+            assert_eq!(replayed, ids.len() as u64, "{ids:?}");
+        }
+        all.extend(ids);
+        if page.next.is_none() {
+            return all;
+        }
+        after = page.next;
+    }
+    panic!("pages by {limit} never end: {all:?}");
+}
+
+rabbitmq_tests! {
+    async fn pages_of_dead_letters_end_and_leave_none_out_whatever_their_ids(env: &mut BrokerEnv) {
+        let a = env.client("a", &["x"]).await;
+        let mut peer = Peer::connect(&env.virtual_host().url()).await;
+        // Somebody else's, whose id is greater than all others; then what died here; then what keeps the id that it had
+        // elsewhere, and does not ascend.
+        peer.put("a-dead", "somebody else's").await;
+        env.route(&a, "x", &["0", "1", "2"]).await;
+        let mut consumer = env.consume(&Queue::Inbox(a.clone()), 10).await;
+        let batch = next_exactly(&mut consumer, 3).await;
+        settle_all(batch, Outcome::Dead { reason: DeadReason::DeliveryFailed, attempts: 1 }).await;
+        drop(consumer);
+        let elsewhere = ["0000000000000003", "0000000000000002", "0000000000000001"];
+        for id in elsewhere {
+            peer.publish_all(vec![outgoing("", "a-dead", id, json!({"headers": {"soar-dead-id": id}}))]).await;
+        }
+        let all = eventually("all are there", SOON, async || {
+            let page = env.broker().dead_letters(&a, None, 1000).await.expect("lists");
+            (page.dead_letters.len() == 7).then_some(page.dead_letters)
+        })
+        .await;
+        let all: Vec<String> = all.into_iter().map(|dead| dead.id).collect();
+        assert!(all[0].starts_with("foreign-") && all.ends_with(&elsewhere.map(str::to_owned)), "{all:?}");
+        for limit in 1..=4 {
+            assert_eq!(paged(env, &a, limit, false).await, all, "by {limit}");
+        }
+        assert_eq!(paged(env, &a, 2, true).await, all);
+        assert_eq!(paged(env, &a, 2, false).await, [""; 0]);
+    }
+
+    async fn dead_letters_with_the_same_id_are_on_pages_of_their_own(env: &mut BrokerEnv) {
+        let a = env.client("a", &["x"]).await;
+        let mut peer = Peer::connect(&env.virtual_host().url()).await;
+        // Ids are made of the bodies.
+        let bodies = ["same", "same", "same", "other", "same"];
+        peer.publish_all(bodies.map(|body| outgoing("", "a-dead", body, json!({}))).to_vec()).await;
+        let all = paged(env, &a, 1000, false).await;
+        assert_eq!(all.iter().map(|id| *id == all[0]).collect::<Vec<_>>(), [true, true, true, false, true]);
+        for limit in 1..=4 {
+            assert_eq!(paged(env, &a, limit, false).await, all, "by {limit}");
+        }
+    }
 }

@@ -44,6 +44,12 @@ impl Shared {
         let action = format!("declare the queues of {id}");
         let session = self.session(&action)?;
         let now_ms = Timestamp::now().as_millis();
+        // Known from now on, so that a deletion that begins meanwhile waits for this, or this finds that it is gone.
+        let client = self.clients.known_or(&id, now_ms, &limits);
+        let _turn = client.take_admin_turn().await;
+        if client.is_gone() {
+            return Err(BrokerError::new(BrokerErrorKind::NotFound, action));
+        }
         let noted = state::note_client(&self.db, &id, &limits, now_ms).await;
         let (since_ms, is_sealed) = noted.map_err(|error| db_error(&action, error))?;
         let fail = |error| broker_error(&action, error);
@@ -57,7 +63,7 @@ impl Shared {
             session.note_led(topology::client_queues(&id));
             state::note_sealed(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
         }
-        let client = self.clients.put(&id, since_ms, &limits);
+        client.set_limits(&limits);
         client.wake();
         Ok(())
     }
@@ -144,10 +150,9 @@ impl Shared {
         let action = format!("delete the queues of {id}");
         // What is on its way to the inbox is waited for; nothing would arrive.
         let session = self.open_session(&action)?;
-        let client = self.clients.get(&id);
-        if let Some(client) = &client {
-            client.end();
-        }
+        // One that is not known may just be being declared.
+        let client = self.clients.known_or(&id, Timestamp::now().as_millis(), &Limits::default());
+        client.end();
         // A consumer that has just ended asks its queue for what is on its way; without the queue that would cost its
         // channel, and all who share it. Before the next turn: whoever looks at the inbox may need that.
         for queue in [Queue::Outbox(id.clone()), Queue::Notify(id.clone()), Queue::Inbox(id.clone())] {
@@ -156,24 +161,19 @@ impl Shared {
             self.returned.note(&name, 0);
         }
         self.returned.note(&topology::dead(&id), 0);
-        let _turn = match &client {
-            Some(client) => Some(client.take_admin_turn().await),
-            None => None,
-        };
+        let _turn = client.take_admin_turn().await;
         // First, so that it cannot write any more. When that cannot be done now, everything else is all the same.
         let without_user = match &self.users {
             Some(users) => users.remove(&id).await,
             None => Ok(()),
         };
         let fail = |error| broker_error(&action, error);
+        // Noted before the inbox is gone, so that a deletion that is cut off and done again knows of it; and once more
+        // with what was just being delayed.
+        self.note_stand_in(&id, &action).await?;
         self.detach_inbox(&session, &id).await.map_err(fail)?;
         session.control(async |channel| topology::delete_client(channel, &id).await).await.map_err(fail)?;
-        let now_s = Timestamp::now().as_millis().div_euclid(1000);
-        let last_due = state::last_due(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
-        if let Some(due_s) = last_due.filter(|due| *due >= now_s) {
-            let expires_s = due_s.abs_diff(now_s) + STAND_IN_MARGIN_S;
-            let noted = state::note_stand_in(&self.db, &id, expires_s, due_s).await;
-            noted.map_err(|error| db_error(&action, error))?;
+        if let Some(expires_s) = self.note_stand_in(&id, &action).await? {
             let made = session.control(async |channel| topology::declare_stand_in(channel, &id, expires_s).await).await;
             made.map_err(fail)?;
         }
@@ -181,6 +181,12 @@ impl Shared {
         state::forget_client(&self.db, &id).await.map_err(|error| db_error(&action, error))?;
         self.clients.remove(&id);
         Ok(())
+    }
+
+    /// See [`state::note_stand_in`].
+    async fn note_stand_in(&self, id: &ClientId, action: &str) -> Result<Option<u64>, BrokerError> {
+        let now_s = Timestamp::now().as_millis().div_euclid(1000);
+        state::note_stand_in(&self.db, id, now_s).await.map_err(|error| db_error(action, error))
     }
 
     /// Takes an inbox that is about to be deleted out of the exchanges, and waits until whatever was routed to it before
@@ -442,7 +448,3 @@ pub(super) fn set_apart_if_refused(client: &Client, queue: &str, error: &lapin::
         log::warn!("{queue} cannot be read: {error}; it is read apart from others from now on");
     }
 }
-
-/// How much longer than the last delayed message the stand-in for an inbox is kept, in seconds: RabbitMQ tries every
-/// three minutes what it could not dead-letter.
-const STAND_IN_MARGIN_S: u64 = 600;

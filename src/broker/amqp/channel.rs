@@ -5,7 +5,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use super::acks::AckTracker;
 use super::session::{Role, late, within};
 use super::topology;
+use super::wire::short;
 
 /// How long RabbitMQ may take to answer on a channel.
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
@@ -25,6 +26,10 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long acknowledgements between hops gather when they come thick and fast, about: both ends work for each frame. Not
 /// those of receivers, which may have asked for so little at a time that they wait for more meanwhile.
 const GATHER: Duration = Duration::from_millis(1);
+
+/// How long it may take to begin or end a consumer: RabbitMQ itself waits for a quorum queue without a leader for 65 s
+/// (`rabbit_fifo_client`, the net tick and 5 s).
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// Frames that are in line. Resolves when they have left for RabbitMQ.
 pub(super) type Sent = Pin<Box<dyn Future<Output = Result<(), lapin::Error>> + Send>>;
@@ -40,6 +45,8 @@ pub(super) struct IntakeChannel {
     under_way: Arc<AtomicUsize>,
     /// Whether its session was given up.
     session_ended: watch::Receiver<bool>,
+    /// It is being closed, as nobody knows who is handed what on it.
+    is_condemned: AtomicBool,
 }
 
 /// What is acknowledged on a channel.
@@ -84,12 +91,19 @@ impl IntakeChannel {
         under_way: &Arc<AtomicUsize>,
     ) -> Self {
         let gathers = (role == Role::Pipeline).then(Handle::current);
-        Self { channel, acks: Mutex::default(), gathers, under_way: Arc::clone(under_way), session_ended }
+        Self {
+            channel,
+            acks: Mutex::default(),
+            gathers,
+            under_way: Arc::clone(under_way),
+            session_ended,
+            is_condemned: AtomicBool::new(false),
+        }
     }
 
     /// Whether what came on it can still be settled.
     pub(super) fn is_alive(&self) -> bool {
-        self.channel.status().connected() && !*self.session_ended.borrow()
+        self.channel.status().connected() && !*self.session_ended.borrow() && !self.is_condemned.load(Ordering::Relaxed)
     }
 
     /// Waits for an answer on it; not beyond the end of its session.
@@ -102,6 +116,32 @@ impl IntakeChannel {
             answer = within(CALL_TIMEOUT, call) => answer,
             _ = ended.wait_for(|ended| *ended) => Err(late("its session was given up")),
         }
+    }
+
+    /// Waits for the answer to a consumer's beginning or end. Without one the channel is closed: a consumer of which nobody
+    /// knows would keep what it is handed from everybody else.
+    pub(super) async fn change<T>(
+        &self,
+        call: impl Future<Output = Result<T, lapin::Error>>,
+    ) -> Result<T, lapin::Error> {
+        let mut ended = self.session_ended.clone();
+        let late = tokio::select! {
+            answer = tokio::time::timeout(CHANGE_TIMEOUT, call) => match answer {
+                Ok(answer) => return answer,
+                Err(_) => late(&format!("no answer within {CHANGE_TIMEOUT:?}; its channel is closed")),
+            },
+            _ = ended.wait_for(|ended| *ended) => return Err(late("its session was given up")),
+        };
+        if !self.is_condemned.swap(true, Ordering::Relaxed) {
+            log::warn!("RabbitMQ does not answer on a channel of consumers; it is opened again");
+            let channel = self.channel.clone();
+            tokio::spawn(async move {
+                if let Err(error) = channel.close(200, short("late")).await {
+                    log::debug!("close a channel of consumers: {error}");
+                }
+            });
+        }
+        Err(late)
     }
 
     /// Acknowledges: at once, or soon when others were acknowledged just now. Returns whether the channel took it; a dead

@@ -21,9 +21,6 @@ const AUDITS_PER_SECOND: u32 = 5;
 /// How long a round takes at least.
 const AUDIT_ROUND: Duration = Duration::from_secs(30);
 
-/// How often deliveries are looked at that RabbitMQ waits for.
-const REFRESH_EVERY: Duration = Duration::from_secs(60);
-
 /// Runs until the broker is closed.
 pub(super) async fn run(shared: Arc<Shared>) {
     let mut link = shared.link.subscribe();
@@ -83,9 +80,9 @@ async fn audit(shared: &Arc<Shared>) {
     }
 }
 
-/// RabbitMQ closes a channel, under all consumers that share it, when a delivery is not settled within half an hour.
+/// Looks at the deliveries that RabbitMQ waits for. See [`super::HELD_FOR`].
 async fn refresh(shared: &Arc<Shared>) {
-    let mut ticks = every(REFRESH_EVERY);
+    let mut ticks = every(shared.options.look_every());
     loop {
         ticks.tick().await;
         shared.standing_consumers().iter().for_each(|core| core.refresh());

@@ -11,6 +11,7 @@ use super::consumer::ConsumerCore;
 use super::link::Told;
 use super::pull::Puller;
 use super::state::StoredClient;
+use super::wire::Counts;
 use crate::broker::Queue;
 use crate::client::{ClientId, Limits};
 use crate::topic::{Pattern, Trie};
@@ -68,6 +69,12 @@ impl Client {
         self.limits.lock().clone()
     }
 
+    /// Changes its limits.
+    pub(super) fn set_limits(&self, limits: &Limits) {
+        *self.limits.lock() = limits.clone();
+        self.set_next_look_s(0);
+    }
+
     /// How long a message may wait in its inbox, if there is a limit.
     pub(super) fn inbox_ttl_s(&self) -> Option<u64> {
         self.limits.lock().inbox_ttl_s
@@ -121,6 +128,11 @@ impl Client {
     /// Whether its inbox is read on a channel apart.
     pub(super) fn is_apart(&self) -> bool {
         self.apart.load(Ordering::Acquire)
+    }
+
+    /// Whether a message in its inbox was delayed for an earlier client of this name, and so is for nobody any more.
+    pub(super) fn is_of_another(&self, counts: Counts) -> bool {
+        counts.delayed_at_ms > 0 && counts.delayed_at_ms < self.since_ms
     }
 
     /// Ends its consumers and its pulls.
@@ -204,7 +216,7 @@ impl Clients {
     /// Takes in what was stored.
     pub(super) fn load(&self, stored: Vec<StoredClient>) {
         for stored in stored {
-            let client = self.put(&stored.id, stored.since_ms, &stored.limits);
+            let client = self.known_or(&stored.id, stored.since_ms, &stored.limits);
             client.add_delayed(&stored.delayed);
             let (wanted, unwanted): (Vec<_>, Vec<_>) = stored.bindings.into_iter().partition(|(_, wanted)| *wanted);
             let strip = |bindings: Vec<(Pattern, bool)>| bindings.into_iter().map(|(pattern, _)| pattern).collect();
@@ -230,17 +242,13 @@ impl Clients {
         self.all.read().values().cloned().collect()
     }
 
-    /// Adds the client or changes its limits.
-    pub(super) fn put(&self, id: &ClientId, since_ms: i64, limits: &Limits) -> Arc<Client> {
-        let mut all = self.all.write();
+    /// The client; when it is not known it is added, with these limits.
+    pub(super) fn known_or(&self, id: &ClientId, since_ms: i64, limits: &Limits) -> Arc<Client> {
         let make = || {
             let number = self.next_number.fetch_add(1, Ordering::Relaxed);
             Arc::new(Client::new(id.clone(), number, since_ms, limits.clone()))
         };
-        let client = all.entry(id.clone()).or_insert_with(make);
-        *client.limits.lock() = limits.clone();
-        client.set_next_look_s(0);
-        Arc::clone(client)
+        Arc::clone(self.all.write().entry(id.clone()).or_insert_with(make))
     }
 
     /// Changes the patterns under which it is found; `unwanted` are those that may be bound still.

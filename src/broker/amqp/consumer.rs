@@ -18,7 +18,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 use super::Shared;
 use super::channel::IntakeChannel;
 use super::clients::Client;
-use super::held::{HELD_FOR_MAX, Held};
+use super::held::Held;
 use super::intake::{Left, Subscription};
 use super::link::wait_up;
 use super::settle;
@@ -78,6 +78,8 @@ struct State {
     buffer: VecDeque<Held>,
     /// Handed out and not settled.
     unsettled: HashMap<u64, Held>,
+    /// The same, but given back to be taken again; by what they are recognised by.
+    renewing: HashMap<u64, Renewing>,
     /// The places of those that are being moved on (settled, and not acknowledged yet), and since when they are in the
     /// queue, in seconds since the epoch.
     moving: BTreeMap<u64, u64>,
@@ -86,6 +88,21 @@ struct State {
     next_place: u64,
     next_tag: u64,
     order: Order,
+    /// Something of an earlier order may still be on its way, or come back.
+    is_stale: bool,
+    /// RabbitMQ ended the subscription although the channel is there: the queue may be gone.
+    was_cancelled: bool,
+}
+
+/// A delivery that is handed out still, and comes again to be acknowledged.
+struct Renewing {
+    tag: u64,
+    /// How often it was handed out before.
+    before: u32,
+    /// Whether it was settled for good meanwhile.
+    is_complete: bool,
+    /// When somebody else has got it.
+    until: Instant,
 }
 
 /// What keeps later deliveries from being forwarded before an earlier one that could not be.
@@ -117,10 +134,24 @@ impl State {
         waiting + self.moving.range(self.first_place..).count()
     }
 
-    /// A delivery has come.
-    fn arrive(&mut self, held: Held) {
-        self.buffer.push_back(Held { place: self.next_place, ..held });
+    /// A delivery has come. Returns one that was settled meanwhile.
+    fn arrive(&mut self, held: Held) -> Option<Held> {
+        let held = Held { place: self.next_place, ..held };
         self.next_place += 1;
+        match self.renewing.remove(&held.key) {
+            None => self.buffer.push_back(held),
+            Some(renewing) if renewing.is_complete => return Some(held),
+            // Whoever was handed it has it still.
+            Some(Renewing { tag, before, .. }) => drop(self.unsettled.insert(tag, Held { before, ..held })),
+        }
+        None
+    }
+
+    /// Whether something may come back that is in front of whatever would be handed out.
+    fn awaits_stale(&mut self) -> bool {
+        let from = self.order.from;
+        self.is_stale = self.is_stale && (!self.moving.is_empty() || self.unsettled.keys().any(|tag| *tag < from));
+        self.is_stale
     }
 
     /// One that was handed out goes back to its place.
@@ -195,7 +226,8 @@ impl ConsumerCore {
         self.landed.notify_waiters();
     }
 
-    /// Takes what RabbitMQ has handed over into the buffer. Returns false when the subscription has ended.
+    /// Takes what RabbitMQ has handed over into the buffer. Returns false when the subscription has ended: lapin says so
+    /// once.
     fn take_in(&self, state: &mut State, context: Option<&mut std::task::Context<'_>>) -> bool {
         let mut nobody = std::task::Context::from_waker(std::task::Waker::noop());
         let context = context.unwrap_or(&mut nobody);
@@ -206,8 +238,11 @@ impl ConsumerCore {
                     let channel = Arc::clone(&subscription.channel);
                     self.arrive(state, delivery, &channel);
                 }
-                Poll::Ready(Some(Err(_)) | None) => return false,
-                Poll::Pending => return subscription.channel.is_alive(),
+                Poll::Pending if subscription.channel.is_alive() => return true,
+                Poll::Ready(Some(Err(_)) | None) | Poll::Pending => {
+                    self.lose(state);
+                    return false;
+                }
             }
         }
     }
@@ -217,7 +252,11 @@ impl ConsumerCore {
         let shared = &self.shared;
         let held = Held::new(delivery, channel, &self.name, shared.trusted(&self.queue), &shared.memory);
         if let Some(held) = settle::admit(shared, &self.queue, held) {
-            state.arrive(held);
+            let settled = state.arrive(held);
+            if let (Some(held), Queue::Inbox(client)) = (&settled, &self.queue) {
+                settle::note_delivered(shared, client, std::slice::from_ref(held));
+            }
+            settle::acknowledge(settled);
         }
     }
 
@@ -236,8 +275,11 @@ impl ConsumerCore {
         if state.buffer.front().is_some_and(|held| !held.channel.is_alive()) {
             state.buffer.retain(|held| held.channel.is_alive());
         }
+        if self.forwards() && state.awaits_stale() {
+            return Vec::new();
+        }
         let prefetch = self.prefetch.load(Ordering::Relaxed) as usize;
-        let room = prefetch.saturating_sub(state.unsettled.len() + state.moving.len());
+        let room = prefetch.saturating_sub(state.unsettled.len() + state.renewing.len() + state.moving.len());
         let count = max.min(room).min(state.buffer.len());
         let me = if count > 0 { self.me.upgrade() } else { None };
         let Some(me) = me else { return Vec::new() };
@@ -259,16 +301,38 @@ impl ConsumerCore {
         self.state.lock().unsettled.remove(&tag)
     }
 
+    /// Settles one that is being taken again. Returns whether it is known what becomes of it: one that is not gone for
+    /// good is handed out anew.
+    pub(super) fn settle_renewing(&self, tag: u64, is_complete: bool) -> bool {
+        let mut state = self.state.lock();
+        let Some(key) = state.renewing.iter().find(|(_, renewing)| renewing.tag == tag).map(|(key, _)| *key) else {
+            return false;
+        };
+        if is_complete && let Some(renewing) = state.renewing.get_mut(&key) {
+            renewing.is_complete = true;
+        } else {
+            state.renewing.remove(&key);
+        }
+        is_complete
+    }
+
+    /// Whether what it hands out goes on in order.
+    fn forwards(&self) -> bool {
+        !matches!(self.queue, Queue::Inbox(_))
+    }
+
     /// The present order.
     pub(super) fn order(&self) -> Order {
         self.state.lock().order.clone()
     }
 
-    /// Gives messages back that could not go on; nothing that was handed out behind them goes on before them.
+    /// Gives messages back that could not go on; nothing that was handed out behind them goes on before them, and nothing
+    /// is handed out until all of that is back as well.
     pub(super) fn return_failed(&self, held: impl IntoIterator<Item = Held>) {
         let mut state = self.state.lock();
         state.order.broken.store(true, Ordering::Relaxed);
         state.order = Order { broken: Broken::default(), from: state.next_tag };
+        state.is_stale = true;
         drop(state);
         self.return_handed(held);
     }
@@ -296,14 +360,16 @@ impl ConsumerCore {
     }
 
     /// The subscription has ended by itself: its channel was closed, or its queue deleted. What nobody has seen comes
-    /// again, or is gone with the queue. Returns whether it was not the channel.
-    fn lose(&self, state: &mut State) -> bool {
+    /// again, or is gone with the queue.
+    fn lose(&self, state: &mut State) {
         let ended = state.subscription.take();
         self.shared.returned.note(&self.name, 0);
         for held in state.buffer.drain(..) {
             self.shared.give_back(&held);
         }
-        ended.is_some_and(|subscription| subscription.channel.is_alive())
+        state.was_cancelled |= ended.is_some_and(|subscription| subscription.channel.is_alive());
+        // Whoever waits for deliveries waits in vain.
+        self.changed.notify_one();
     }
 
     /// Ends the subscription, and gives back what nobody has seen.
@@ -319,17 +385,25 @@ impl ConsumerCore {
     }
 
     /// Gives everything back when something has not been settled for long: in its old order, as what comes behind may
-    /// not be handed out first. Whoever settles it later does so in vain.
+    /// not be handed out first. What was handed out is taken again, and stays with whoever has it.
     pub(super) fn refresh(&self) {
         let now = Instant::now();
-        let is_old = |held: &Held| now.duration_since(held.since) > HELD_FOR_MAX;
+        let options = &self.shared.options;
+        let is_old = |held: &Held| now.duration_since(held.since) > options.held_for;
         let mut state = self.state.lock();
+        state.renewing.retain(|_, renewing| renewing.until > now);
         let old: Vec<u64> = state.unsettled.iter().filter(|(_, held)| is_old(held)).map(|(tag, _)| *tag).collect();
         if old.is_empty() && !state.buffer.front().is_some_and(is_old) {
             return;
         }
         for tag in old {
-            if let Some(mut held) = state.unsettled.remove(&tag) {
+            let Some(mut held) = state.unsettled.remove(&tag) else { continue };
+            // What came on a channel that is gone has come again.
+            if held.channel.is_alive() {
+                let until = now + options.look_every();
+                let renewing = Renewing { tag, before: held.before, is_complete: false, until };
+                state.renewing.insert(held.key, renewing);
+                // In case that somebody else is handed it.
                 held.before += 1;
                 state.put_back(held);
             }
@@ -442,8 +516,10 @@ impl Settle for ConsumerCore {
     }
 
     fn give_back(&self, tag: u64) {
-        if let Some(held) = self.take(tag) {
-            self.return_handed([held]);
+        match self.take(tag) {
+            Some(held) => self.return_handed([held]),
+            // It comes again, and is handed out anew.
+            None => drop(self.settle_renewing(tag, false)),
         }
     }
 }
@@ -462,8 +538,6 @@ pub(super) struct AmqpConsumer {
     /// The answer to a subscription that is under way: kept here, so that nothing is lost when `next` is dropped.
     pending: Option<Pending>,
     failures: u32,
-    /// RabbitMQ ended the subscription although the channel is there: the queue may be gone.
-    was_cancelled: bool,
 }
 
 impl AmqpConsumer {
@@ -486,7 +560,7 @@ impl AmqpConsumer {
             Some(client) => client.add_consumer(&core),
             None => core.shared.add_consumer(&core),
         }
-        Self { core, rest: None, pending: None, failures: 0, was_cancelled: false }
+        Self { core, rest: None, pending: None, failures: 0 }
     }
 
     /// Subscribes, or waits for what is in the way of that. Safe to drop.
@@ -523,11 +597,12 @@ impl AmqpConsumer {
             if up.is_none() {
                 return;
             }
-            if self.was_cancelled && !core.has_ended() {
+            let was_cancelled = core.state.lock().was_cancelled;
+            if was_cancelled && !core.has_ended() {
                 // Subscribing to a queue that is not there would close the channel under all its consumers.
                 log::warn!("RabbitMQ ended the consumer of {}; the queue is declared again", core.name);
                 shared.repair(core.client.as_deref()).await;
-                self.was_cancelled = false;
+                core.state.lock().was_cancelled = false;
             }
             core.state.lock().in_transit = Some(Instant::now());
             let (wanted, most) = (core.wanted(), core.largest_prefetch());
@@ -555,14 +630,12 @@ impl AmqpConsumer {
     }
 
     /// Waits until something can be handed out, or everything must be looked at again.
-    async fn ready(&mut self, max: usize) -> Option<Vec<Delivery>> {
+    async fn ready(&self, max: usize) -> Option<Vec<Delivery>> {
         let core = &self.core;
         let mut changed = std::pin::pin!(core.changed.notified());
-        let mut was_cancelled = false;
-        let batch = std::future::poll_fn(|context| {
+        std::future::poll_fn(|context| {
             let mut state = core.state.lock();
             if !core.take_in(&mut state, Some(context)) {
-                was_cancelled = core.lose(&mut state);
                 return Poll::Ready(None);
             }
             let batch = core.hand_out(&mut state, max);
@@ -572,9 +645,7 @@ impl AmqpConsumer {
             drop(state);
             changed.as_mut().poll(context).map(|()| None)
         })
-        .await;
-        self.was_cancelled |= was_cancelled;
-        batch
+        .await
     }
 }
 

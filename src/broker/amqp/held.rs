@@ -7,10 +7,11 @@
 //! An acknowledgement is not confirmed, and a broker that is killed forgets the last of them. So what receivers have
 //! settled is remembered as well, and dropped when it comes again.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{Hash as _, Hasher as _};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use lapin::message::Delivery;
 use parking_lot::Mutex;
@@ -18,10 +19,6 @@ use parking_lot::Mutex;
 use super::channel::IntakeChannel;
 use super::wire::{self, Counts, Read, Trusted};
 use crate::broker::Payload;
-
-/// A delivery must not stay unacknowledged for RabbitMQ's 30 minutes (`consumer_timeout`), or its channel is closed under
-/// all who share it. It is given back after this, to come again.
-pub(super) const HELD_FOR_MAX: Duration = Duration::from_secs(20 * 60);
 
 /// Returned messages whose counts are remembered, and settled ones that are remembered as such.
 const REMEMBERED_MAX: usize = 100_000;
@@ -114,8 +111,21 @@ struct Inner {
     order: VecDeque<u64>,
     gone: HashSet<u64>,
     gone_order: VecDeque<u64>,
-    ids: HashMap<u64, String>,
+    /// Those of several messages that nothing tells apart, in the order in which they went back.
+    ids: HashMap<u64, VecDeque<String>>,
     ids_order: VecDeque<u64>,
+}
+
+impl Inner {
+    /// Takes out the oldest id that is remembered for a key.
+    fn recall_id(&mut self, key: u64) -> Option<String> {
+        let Entry::Occupied(mut ids) = self.ids.entry(key) else { return None };
+        let id = ids.get_mut().pop_front();
+        if ids.get().is_empty() {
+            ids.remove();
+        }
+        id
+    }
 }
 
 impl ReturnMemory {
@@ -144,18 +154,18 @@ impl ReturnMemory {
     /// Notes the id that a message without one was given, as it may have gone on although it comes back.
     pub(super) fn note_id(&self, key: u64, id: &str) {
         let mut inner = self.inner.lock();
-        if inner.ids.insert(key, id.to_owned()).is_none() {
-            inner.ids_order.push_back(key);
-        }
+        inner.ids.entry(key).or_default().push_back(id.to_owned());
+        inner.ids_order.push_back(key);
+        // What was recalled meanwhile is in the order still, as with the counts.
         while inner.ids_order.len() > IDS_REMEMBERED_MAX {
             if let Some(oldest) = inner.ids_order.pop_front() {
-                inner.ids.remove(&oldest);
+                inner.recall_id(oldest);
             }
         }
     }
 
     fn recall_id(&self, key: u64) -> Option<String> {
-        self.inner.lock().ids.remove(&key)
+        self.inner.lock().recall_id(key)
     }
 
     /// Notes messages that were settled for good.
@@ -225,6 +235,16 @@ mod tests {
         assert_eq!(memory.recall_id(0), None, "the oldest is forgotten");
         assert_eq!(memory.recall_id(1).as_deref(), Some("an-id"));
         assert_eq!(memory.recall_id(1), None);
+    }
+
+    #[test]
+    fn messages_that_nothing_tells_apart_keep_an_id_each() {
+        let memory = ReturnMemory::default();
+        for id in ["first", "second"] {
+            memory.note_id(7, id);
+        }
+        assert_eq!([7, 7, 7].map(|key| memory.recall_id(key)), [Some("first".into()), Some("second".into()), None]);
+        assert!(memory.inner.lock().ids.is_empty());
     }
 
     #[test]

@@ -351,7 +351,7 @@ async fn subscribe(
         (Arc::clone(channel), begin(channel, current, queue, prefetch))
     };
     let (channel, begun) = begun;
-    channel.answer(begun).await
+    channel.change(begun).await
 }
 
 /// Puts prefetch and consumer in line, and returns what waits for the answer. Nobody can come in between.
@@ -401,7 +401,7 @@ async fn end(mut subscription: Subscription, left: Left, returned: &Returned) {
     }
     if let Some(cancelled) = subscription.cancelled.take() {
         // A channel that cannot even cancel is dead, or will be; then its deliveries come back by themselves.
-        let _ = channel.answer(cancelled).await;
+        let _ = channel.change(cancelled).await;
     }
     drain(&mut subscription, &mut rest);
     let queue = &subscription.queue;

@@ -30,6 +30,10 @@ const GATHER: Duration = Duration::from_millis(2);
 /// How long those of what clients send gather while there are many: each has somebody who waits for it.
 const GATHER_INGRESS: Duration = Duration::from_millis(1);
 
+/// How long what is on its way on a channel that RabbitMQ refused a message on may take to be confirmed: then it is lost,
+/// and published again.
+const RETIRES_WITHIN: Duration = Duration::from_secs(2);
+
 /// See the module.
 pub(super) struct Lane {
     jobs: mpsc::Sender<Job>,
@@ -60,20 +64,20 @@ struct Live {
     /// Whether nothing may be put in line although there is room.
     suspect: watch::Receiver<bool>,
     role: Role,
-    /// Nothing is put in line any more; another channel takes its place when nothing is on its way on this one.
-    is_retired: bool,
+    /// Since when nothing is put in line any more; another channel takes its place when nothing is on its way on this one.
+    retired: Option<Instant>,
 }
 
 impl Live {
     /// Whether messages may be put in line. What is moved on goes through exchanges; what comes in does not.
     fn is_open(&self) -> bool {
         let is_suspect = self.role == Role::Relay && *self.suspect.borrow();
-        self.channel.status().connected() && !is_suspect && !self.is_retired
+        self.channel.status().connected() && !is_suspect && self.retired.is_none()
     }
 
     /// Whether nothing comes of it any more.
     fn is_over(&self) -> bool {
-        (self.is_retired || !self.channel.status().connected()) && self.window.is_empty()
+        (self.retired.is_some() || !self.channel.status().connected()) && self.window.is_empty()
     }
 
     /// Retires the channel when RabbitMQ has refused a message on it. One that publishes to a quorum queue for the first
@@ -81,7 +85,16 @@ impl Live {
     /// long as the node is away (RabbitMQ 3.10, `rabbit_fifo_client`); a channel that is opened later knows the next
     /// leader. Returns whether that is news.
     fn retire_if_refused(&mut self) -> bool {
-        self.window.has_refused() && !std::mem::replace(&mut self.is_retired, true)
+        let is_news = self.window.has_refused() && self.retired.is_none();
+        if is_news {
+            self.retired = Some(Instant::now());
+        }
+        is_news
+    }
+
+    /// Whether what is on its way on a retired channel keeps everybody waiting.
+    fn lingers(&self) -> bool {
+        self.retired.is_some_and(|since| since.elapsed() > RETIRES_WITHIN)
     }
 
     /// How long confirms are to gather from the first on.
@@ -276,7 +289,7 @@ async fn serve(
         window: Window::default(),
         suspect: session.suspicions(),
         role,
-        is_retired: false,
+        retired: None,
     };
     front.state.lock().live = Some(live);
     let open = Open(front);
@@ -328,6 +341,9 @@ async fn serve(
                 }
                 if front.with_window(Live::retire_if_refused) {
                     log::warn!("RabbitMQ refuses messages; another channel is opened for them");
+                }
+                if front.with_window(|live| live.lingers()) {
+                    break "RabbitMQ refuses messages";
                 }
                 // One that gives no sign of life is dealt with as a whole.
                 if session.blocked().is_some() || session.is_silent() {

@@ -92,7 +92,7 @@ async fn expire(shared: &Arc<Shared>, client: &Client, ttl_s: u64, ready: u64) -
         return Ok(());
     }
     for _ in 0..CHUNKS_MAX {
-        let Chunk { dying, next, is_end } = take_chunk(shared, client, &mut harvest, CHUNK, |held| {
+        let Chunk { dying, next, is_end, .. } = take_chunk(shared, client, &mut harvest, CHUNK, |held| {
             let expires_s = expires_s(held);
             if expires_s <= now_s { Ok(()) } else { Err(expires_s) }
         })
@@ -142,8 +142,8 @@ async fn push_out(shared: &Arc<Shared>, client: &Client, excess: u64, ready: u64
             break;
         }
         let most = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
-        let Chunk { dying, is_end, .. } = take_chunk(shared, client, &mut harvest, most, |_| Ok(())).await?;
-        left = left.saturating_sub(dying.len() as u64);
+        let Chunk { dying, dropped, is_end, .. } = take_chunk(shared, client, &mut harvest, most, |_| Ok(())).await?;
+        left = left.saturating_sub((dying.len() + dropped) as u64);
         bury_if_taken(shared, client, dying, DeadReason::InboxFull).await?;
         if is_end {
             break;
@@ -156,6 +156,8 @@ async fn push_out(shared: &Arc<Shared>, client: &Client, excess: u64, ready: u64
 struct Chunk {
     /// Those that die; everything else is given back.
     dying: Vec<Held>,
+    /// How many were dropped, because they are for nobody any more.
+    dropped: usize,
     /// When the first that does not die is to be looked at again.
     next: Option<u64>,
     /// There was no more.
@@ -172,10 +174,14 @@ async fn take_chunk(
 ) -> Result<Chunk, BrokerError> {
     let (deliveries, channel) = harvest.next(most).await?;
     let is_end = deliveries.is_empty();
-    let (mut dying, mut next) = (Vec::with_capacity(deliveries.len()), None);
+    let (mut dying, mut dropped, mut next) = (Vec::with_capacity(deliveries.len()), Vec::new(), None);
     let name = topology::inbox(&client.id);
     for delivery in deliveries {
         let held = Held::new(delivery, &channel, &name, None, &shared.memory);
+        if client.is_of_another(held.counts) {
+            dropped.push(held.tag);
+            continue;
+        }
         let verdict = if next.is_none() { judge(&held) } else { Err(0) };
         match verdict {
             // What is no message is dealt with when it is read.
@@ -189,7 +195,11 @@ async fn take_chunk(
     }
     let tags: Vec<u64> = dying.iter().map(|held| held.tag).collect();
     harvest.release(&channel, &tags);
-    Ok(Chunk { dying, next, is_end })
+    if !dropped.is_empty() {
+        // When the channel is gone they come again.
+        harvest.acknowledge(&channel, &dropped);
+    }
+    Ok(Chunk { dying, dropped: dropped.len(), next, is_end })
 }
 
 /// Makes dead letters of these. When RabbitMQ ceases to take messages meanwhile that is not waited for: it goes on by

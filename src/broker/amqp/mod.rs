@@ -117,6 +117,20 @@ pub struct Options {
     pub management_url: Option<String>,
     /// For how long own ids are remembered.
     pub dedup_window: Duration,
+    /// For how long a delivery stays unacknowledged before it is given back and taken again, whoever holds it:
+    /// [`HELD_FOR`], or less.
+    pub held_for: Duration,
+}
+
+/// A delivery must not stay unacknowledged for RabbitMQ's 30 minutes (`consumer_timeout`), or its channel is closed under
+/// all who share it.
+pub const HELD_FOR: Duration = Duration::from_secs(20 * 60);
+
+impl Options {
+    /// How often it is looked for what has been held for long.
+    fn look_every(&self) -> Duration {
+        self.held_for / 20
+    }
 }
 
 impl std::fmt::Debug for Options {

@@ -24,7 +24,8 @@ use crate::config::QueueType;
 /// what comes then it keeps for later, and puts back in no order at all.
 const BACK_AT_ONCE: usize = 16;
 
-/// How long these may take to be in their queue again, until the next ones follow anyway.
+/// How long these may take to be in their queue again, until the next ones follow anyway; then the rest follows faster, as
+/// somebody takes them as they come back.
 const BACK_WITHIN: Duration = Duration::from_secs(1);
 
 /// How deliveries go back to their queue.
@@ -110,14 +111,19 @@ pub(super) async fn give_back(channel: &IntakeChannel, queue: &str, tags: &[u64]
         return;
     }
     let mut ready = channel.count(queue).await.ok();
+    let mut within = BACK_WITHIN;
     for chunk in tags.chunks(BACK_AT_ONCE) {
         channel.give_back(chunk.iter().copied());
         let Some(before) = ready else { continue };
-        let until = Instant::now() + BACK_WITHIN;
+        let until = Instant::now() + within;
         // What is published meanwhile counts as well, so this may be over early; the next question is another delay.
         loop {
             ready = channel.count(queue).await.ok();
-            if ready.is_none_or(|ready| ready >= before + chunk.len() as u64) || Instant::now() >= until {
+            if ready.is_none_or(|ready| ready >= before + chunk.len() as u64) {
+                break;
+            }
+            if Instant::now() >= until {
+                within = Duration::ZERO;
                 break;
             }
             tokio::time::sleep(Duration::from_millis(1)).await;

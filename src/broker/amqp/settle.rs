@@ -30,10 +30,14 @@ pub(super) async fn settle(core: Arc<ConsumerCore>, settlements: Vec<Settlement>
     let mut back = Vec::new();
     let mut moves = Vec::new();
     let mut late = Vec::new();
+    let mut all_known = true;
     let order = core.order();
     for Settlement { tag, outcome, .. } in settlements {
-        // Not there: handed out by nobody, which the types do not allow.
-        let Some(held) = core.take(tag) else { continue };
+        let Some(held) = core.take(tag) else {
+            let is_known = core.settle_renewing(tag, matches!(outcome, Outcome::Complete));
+            all_known &= is_known || matches!(outcome, Outcome::Requeue);
+            continue;
+        };
         match outcome {
             Outcome::Complete => done.push(held),
             Outcome::Requeue => back.push(held),
@@ -48,7 +52,7 @@ pub(super) async fn settle(core: Arc<ConsumerCore>, settlements: Vec<Settlement>
     if let Queue::Inbox(client) = &core.queue {
         note_delivered(&core.shared, client, &done);
     }
-    let all_go = acknowledge(&done) && late.is_empty();
+    let all_go = acknowledge(&done) && late.is_empty() && all_known;
     // Something before them could not go on, and has come back meanwhile.
     core.return_handed(late);
     core.settled();

@@ -46,10 +46,13 @@ CREATE TABLE IF NOT EXISTS amqp_making (
 ) WITHOUT ROWID;
 -- Retry queues that were ever declared.
 CREATE TABLE IF NOT EXISTS amqp_retry (seconds INTEGER PRIMARY KEY);
--- Stand-ins for inboxes that are gone while something is delayed for them.
+-- Stand-ins for inboxes that are gone while something is delayed for them. Kept when the client is forgotten, and when
+-- there is another of its name: that one may be gone before the last of it is due.
 CREATE TABLE IF NOT EXISTS amqp_stand_in (
     client TEXT PRIMARY KEY,
+    -- For how long it lives when nothing uses it.
     expires_s INTEGER NOT NULL,
+    -- As long after the second in which the last message is due.
     until INTEGER NOT NULL
 ) WITHOUT ROWID;
 ";
@@ -213,28 +216,28 @@ pub(super) async fn forget_unwanted(db: &Db, client: &ClientId) -> Result<(), Db
     .await
 }
 
-/// When the last of what is delayed for a client is due, in seconds since the epoch.
-pub(super) async fn last_due(db: &Db, client: &ClientId) -> Result<Option<i64>, DbError> {
-    let id = client.as_str().to_owned();
-    db.read(move |connection| {
-        let mut last = connection.prepare_cached("SELECT max(due) FROM amqp_delayed WHERE client = ?1")?;
-        last.query_row([&id], |row| row.get(0))
-    })
-    .await
-}
+/// How much longer than the last delayed message the stand-in for an inbox is kept, in seconds: RabbitMQ tries every
+/// three minutes what it could not dead-letter.
+const STAND_IN_MARGIN_S: u64 = 600;
 
-/// Notes that a stand-in takes the place of a client's inbox until this second.
-pub(super) async fn note_stand_in(db: &Db, client: &ClientId, expires_s: u64, until_s: i64) -> Result<(), DbError> {
+/// Notes that the inbox of a client that goes needs a stand-in, if something is delayed for it, or for one of its name
+/// that was there before. Returns for how many seconds.
+pub(super) async fn note_stand_in(db: &Db, client: &ClientId, now_s: i64) -> Result<Option<u64>, DbError> {
     let id = client.as_str().to_owned();
     db.write(move |connection| {
+        // A stand-in that was noted may not have been made, so its messages may wait although they were due.
+        let last = "SELECT max(due) FROM (
+                SELECT due FROM amqp_delayed WHERE client = ?1 AND due >= ?2
+                UNION ALL SELECT max(until - expires_s, ?2) FROM amqp_stand_in WHERE client = ?1
+            )";
+        let due: Option<i64> = connection.prepare_cached(last)?.query_row(params![id, now_s], |row| row.get(0))?;
+        let Some(due) = due else { return Ok(None) };
+        let expires_s = due.abs_diff(now_s) + STAND_IN_MARGIN_S;
         let upsert = "INSERT INTO amqp_stand_in (client, expires_s, until) VALUES (?1, ?2, ?3)
             ON CONFLICT (client) DO UPDATE SET expires_s = excluded.expires_s, until = excluded.until";
-        connection.prepare_cached(upsert)?.execute(params![
-            id,
-            expires_s,
-            until_s.saturating_add_unsigned(expires_s)
-        ])?;
-        Ok(())
+        let until = due.saturating_add_unsigned(expires_s);
+        connection.prepare_cached(upsert)?.execute(params![id, expires_s, until])?;
+        Ok(Some(expires_s))
     })
     .await
 }
@@ -249,7 +252,7 @@ pub(super) async fn stand_in(db: &Db, client: &ClientId) -> Result<Option<u64>, 
     .await
 }
 
-/// Forgets a client with all that is noted of it.
+/// Forgets a client with all that is noted of it, but for how long its inbox has a stand-in.
 pub(super) async fn forget_client(db: &Db, client: &ClientId) -> Result<(), DbError> {
     let id = client.as_str().to_owned();
     db.write(move |connection| {
@@ -285,7 +288,9 @@ pub(super) async fn note_delayed(db: &Db, client: &ClientId, due: BTreeMap<i64, 
 pub(super) async fn forget_due(db: &Db, now_s: i64) -> Result<(), DbError> {
     db.write(move |connection| {
         connection.prepare_cached("DELETE FROM amqp_delayed WHERE due <= ?1")?.execute([now_s])?;
-        connection.prepare_cached("DELETE FROM amqp_stand_in WHERE until <= ?1")?.execute([now_s])?;
+        // A client that is there may be one whose deletion was cut off, and then it is wanted still.
+        let stand_ins = "DELETE FROM amqp_stand_in WHERE until <= ?1 AND client NOT IN (SELECT id FROM amqp_client)";
+        connection.prepare_cached(stand_ins)?.execute([now_s])?;
         Ok(())
     })
     .await

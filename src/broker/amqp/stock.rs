@@ -59,6 +59,8 @@ const ON_ITS_WAY: Duration = Duration::from_millis(1500);
 /// See the module.
 pub struct AmqpStock {
     broker: AmqpBroker,
+    /// Those of the registry.
+    registered: Arc<HashSet<ClientId>>,
     /// Whose queues there may be.
     clients: Vec<ClientId>,
     max_message_bytes: usize,
@@ -80,13 +82,14 @@ impl AmqpStock {
         patience: Duration,
     ) -> Result<Self, BrokerError> {
         let shared = start(options, db, telemetry).await?;
+        let registered = Arc::new(clients.iter().map(|client| client.client_id.clone()).collect::<HashSet<_>>());
         let mut all: Vec<ClientId> = shared.clients.all().iter().map(|client| client.id.clone()).collect();
-        all.extend(clients.iter().map(|client| client.client_id.clone()));
+        all.extend(registered.iter().cloned());
         all.sort();
         all.dedup();
         let broker = AmqpBroker { shared };
         let next_batch = AtomicUsize::new(FIRST_BATCH);
-        let stock = Self { broker, clients: all, max_message_bytes, next_batch };
+        let stock = Self { broker, registered, clients: all, max_message_bytes, next_batch };
         stock.wait_until_ready(patience).await?;
         Ok(stock)
     }
@@ -275,6 +278,7 @@ fn queue_named(name: &str) -> Option<Queue> {
 /// What one delivery of a shelf is; `None` when it is for nobody any more.
 struct Reading<'a> {
     shared: &'a Shared,
+    registered: &'a HashSet<ClientId>,
     shelf: &'a Shelf,
     max_message_bytes: usize,
 }
@@ -292,7 +296,9 @@ impl Reading<'_> {
                 return Some(Parcel::Dead(client.clone(), wire::read_dead(&delivery.properties, delivery.data)));
             }
             Shelf::Queue(queue) => queue.clone(),
-            Shelf::Retry(_) => queue_named(delivery.routing_key.as_str())?,
+            // What is delayed for a client that is deleted lies there until it is due.
+            Shelf::Retry(_) => queue_named(delivery.routing_key.as_str())
+                .filter(|queue| owner(queue).is_some_and(|id| self.registered.contains(id)))?,
         };
         let trusted = match self.shelf {
             Shelf::Queue(queue) => self.shared.trusted(queue),
@@ -301,8 +307,7 @@ impl Reading<'_> {
         };
         let read = wire::read(&delivery.properties, delivery.data, trusted);
         // A delay that ends comes back from RabbitMQ with what it was delayed with.
-        let since_ms = owner(&queue).and_then(|id| self.shared.clients.get(id)).map_or(0, |client| client.since_ms);
-        if read.counts.delayed_at_ms > 0 && read.counts.delayed_at_ms < since_ms {
+        if owner(&queue).and_then(|id| self.shared.clients.get(id)).is_some_and(|it| it.is_of_another(read.counts)) {
             return None;
         }
         let due = match self.shelf {
@@ -455,7 +460,7 @@ impl Stock for AmqpStock {
     }
 
     async fn read(&self, shelf: &Shelf) -> Result<Box<dyn Batch>, BrokerError> {
-        let (shared, shelf) = (Arc::clone(self.shared()), shelf.clone());
+        let (shared, registered, shelf) = (Arc::clone(self.shared()), Arc::clone(&self.registered), shelf.clone());
         let (most, max_message_bytes) = (self.next_batch.load(Ordering::Relaxed), self.max_message_bytes);
         let action = format!("read queue {shelf}");
         let task = async move {
@@ -468,7 +473,7 @@ impl Stock for AmqpStock {
             let is_end = chunk.is_empty();
             let bytes: usize = chunk.iter().map(|delivery| delivery.data.len()).sum();
             let messages = chunk.len();
-            let reading = Reading { shared: &shared, shelf: &shelf, max_message_bytes };
+            let reading = Reading { shared: &shared, registered: &registered, shelf: &shelf, max_message_bytes };
             let items = chunk.into_iter().filter_map(|delivery| reading.item(delivery)).collect();
             let channel = (!is_end).then_some(channel);
             let batch = AmqpBatch { shared: Arc::clone(&shared), name, channel, tags, items };

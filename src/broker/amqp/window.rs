@@ -9,7 +9,7 @@ use std::hash::{Hash as _, Hasher as _};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -241,8 +241,12 @@ impl Window {
     ///
     /// Lapin attaches a returned message to whichever confirm it completes next. It completes them one after the other
     /// on one thread, so when one came without a message, every message that was returned before it has been attached
-    /// to a confirm that is complete as well; and those are taken here until there is no more.
+    /// to a confirm that is complete as well; and those are taken here until there is no more. A set that is not ready,
+    /// and has woken us meanwhile, may have more ([`FuturesUnordered`] yields now and then).
     fn settle(&mut self, first: Confirmed, context: &mut Context<'_>, ended: &mut Vec<Ended>) {
+        let woken = Arc::new(Woken { is_woken: AtomicBool::new(false), task: context.waker().clone() });
+        let waker = Waker::from(Arc::clone(&woken));
+        let context = &mut Context::from_waker(&waker);
         let mut acked = Vec::new();
         let mut next = Some(first);
         while let Some((flight, result)) = next {
@@ -263,9 +267,12 @@ impl Window {
                     self.land(flight, Err(Refusal::Lost(error.to_string().into())), ended);
                 }
             }
-            next = match self.confirms.poll_next_unpin(context) {
-                Poll::Ready(next) => next,
-                Poll::Pending => None,
+            next = loop {
+                match self.confirms.poll_next_unpin(context) {
+                    Poll::Ready(next) => break next,
+                    Poll::Pending if woken.is_woken.swap(false, Ordering::AcqRel) => {}
+                    Poll::Pending => break None,
+                }
             };
         }
         for (flight, mut fate) in acked {
@@ -332,6 +339,19 @@ impl Window {
             (batch.done)(batch.fates.into_iter().map(|fate| fate.unwrap_or_else(lost)).collect());
         }
         self.is_suspect
+    }
+}
+
+/// Wakes a task, and knows that it did.
+struct Woken {
+    is_woken: AtomicBool,
+    task: Waker,
+}
+
+impl std::task::Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.is_woken.store(true, Ordering::Release);
+        self.task.wake_by_ref();
     }
 }
 

@@ -65,8 +65,9 @@ impl Shared {
         self.barrier(action).await?;
         let after = after.map(str::to_owned);
         let read = move |connection: &Connection| {
-            let after = after.map(|id| find(connection, inbox, &id)).transpose()?.flatten().unwrap_or(0);
-            page(connection, inbox, after, limit)
+            // A page ends at a position. One that came from another broker may have an id that looks like another's.
+            let after = after.map(|id| pos_of(&id).map_or_else(|| find(connection, inbox, &id), |pos| Ok(Some(pos))));
+            page(connection, inbox, after.transpose()?.flatten().unwrap_or(0), limit)
         };
         let (dead_letters, last) = self.db.read(read).await.map_err(|error| broker_error(action, &error))?;
         Ok(DeadPage { dead_letters, next: last.map(id_of) })

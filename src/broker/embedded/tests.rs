@@ -335,6 +335,35 @@ async fn limits_bury_the_oldest_and_replay_brings_them_back() {
     assert_eq!(bodies, 0);
 }
 
+/// What came from another broker keeps its id, be that the position that another has here.
+#[actix_rt::test]
+async fn pages_of_dead_letters_go_by_position_whatever_ids_they_came_with() {
+    let bench = Bench::new().await;
+    let a = bench.client("a", &["t"]).await;
+    let limits = Limits { max_inbox_messages: Some(0), ..Limits::default() };
+    bench.broker.declare_client(&a, &limits).await.expect("declares again");
+    let batch = (0..4).map(|n| message(&a, None, "t", n, 10)).collect();
+    bench.broker.publish(&Queue::Outbox(a.clone()), batch).await.expect("publishes");
+    bench.forward(Queue::Outbox(a.clone()), Target::Publish, 4).await;
+    bench.forward(Queue::Publish, Target::Topic, 4).await;
+    let letters = bench.broker.dead_letters(&a, None, 10).await.expect("lists").dead_letters;
+    let ids: Vec<String> = letters.into_iter().map(|letter| letter.id).collect();
+    assert_eq!(ids.len(), 4);
+    let came_with: Vec<String> = ids.iter().rev().cloned().collect();
+    let rename = "UPDATE dead SET id = ?2 WHERE printf('%016x', pos) = ?1";
+    let renamed: Vec<_> = ids.into_iter().zip(came_with.clone()).collect();
+    let update =
+        move |c: &rusqlite::Connection| renamed.iter().try_for_each(|(id, to)| c.execute(rename, (id, to)).map(drop));
+    bench.db.write(update).await.expect("renames");
+    let (mut listed, mut after) = (Vec::new(), None);
+    for _ in 0..4 {
+        let page = bench.broker.dead_letters(&a, after.as_deref(), 1).await.expect("lists");
+        listed.extend(page.dead_letters.into_iter().map(|letter| letter.id));
+        after = page.next;
+    }
+    assert_eq!((listed, after), (came_with, None));
+}
+
 #[actix_rt::test]
 async fn what_comes_back_together_is_pulled_together() {
     let bench = Bench::new().await;

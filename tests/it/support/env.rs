@@ -23,7 +23,7 @@ use super::wait::{SOON, eventually, soon};
 
 /// A broker under test, and what a test does with it all the time.
 pub(crate) struct BrokerEnv {
-    dedup_window: Duration,
+    times: Times,
     /// Whether opening it waits until it can be used.
     wait_ready: bool,
     backend: Backend,
@@ -53,10 +53,22 @@ enum Place {
     Shared(VirtualHost),
 }
 
-/// For how long own ids are remembered unless a test says otherwise.
-const DEDUP_WINDOW: Duration = Duration::from_secs(600);
+/// Settings that tests change.
+#[derive(Clone, Copy)]
+struct Times {
+    /// For how long own ids are remembered.
+    dedup_window: Duration,
+    /// For how long RabbitMQ's deliveries are held.
+    held_for: Duration,
+}
 
-async fn open_embedded(directory: TempDir, dedup_window: Duration) -> Backend {
+impl Default for Times {
+    fn default() -> Self {
+        Self { dedup_window: Duration::from_secs(600), held_for: backbone::broker::amqp::HELD_FOR }
+    }
+}
+
+async fn open_embedded(directory: TempDir, Times { dedup_window, .. }: Times) -> Backend {
     let db = Db::open(&directory.path().join("backbone.db")).expect("opens the file");
     let options = backbone::broker::embedded::Options { dedup_window };
     let telemetry = backbone::telemetry::new(1000);
@@ -65,14 +77,20 @@ async fn open_embedded(directory: TempDir, dedup_window: Duration) -> Backend {
 }
 
 /// Begins to connect to RabbitMQ, with what this process knows of it in a file in `directory`.
-async fn open_rabbitmq(place: Place, kind: BrokerKind, directory: TempDir, dedup_window: Duration) -> Backend {
+async fn open_rabbitmq(place: Place, kind: BrokerKind, directory: TempDir, times: Times) -> Backend {
     let db = Db::open(&directory.path().join("backbone.db")).expect("opens the file");
     let url = match &place {
         Place::Node(node) => node.url(),
         Place::Shared(host) => host.url(),
     };
-    let options =
-        backbone::broker::amqp::Options { url, queue_type: kind.queue_type(), management_url: None, dedup_window };
+    let Times { dedup_window, held_for } = times;
+    let options = backbone::broker::amqp::Options {
+        url,
+        queue_type: kind.queue_type(),
+        management_url: None,
+        dedup_window,
+        held_for,
+    };
     let telemetry = backbone::telemetry::new(1000);
     let broker = backbone::broker::amqp::connect(options, db.clone(), telemetry).await.expect("opens the broker");
     Backend::Rabbitmq { place, kind, directory, db, broker }
@@ -102,14 +120,14 @@ impl Fixture for BrokerEnv {
     async fn start(kind: BrokerKind) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let backend = match kind {
-            BrokerKind::Embedded => open_embedded(directory, DEDUP_WINDOW).await,
+            BrokerKind::Embedded => open_embedded(directory, Times::default()).await,
             BrokerKind::RabbitmqClassic | BrokerKind::RabbitmqQuorum => {
                 let place = Place::Shared(VirtualHost::create().await);
-                open_rabbitmq(place, kind, directory, DEDUP_WINDOW).await
+                open_rabbitmq(place, kind, directory, Times::default()).await
             }
         };
         backend.wait_ready().await;
-        Self { dedup_window: DEDUP_WINDOW, wait_ready: true, backend }
+        Self { times: Times::default(), wait_ready: true, backend }
     }
 
     async fn finish(self) {
@@ -134,9 +152,9 @@ impl Fixture for KillableEnv {
         }
         let directory = tempfile::tempdir().expect("a temporary directory");
         let place = Place::Node(Node::start_plain().await);
-        let backend = open_rabbitmq(place, kind, directory, DEDUP_WINDOW).await;
+        let backend = open_rabbitmq(place, kind, directory, Times::default()).await;
         backend.wait_ready().await;
-        Self(BrokerEnv { dedup_window: DEDUP_WINDOW, wait_ready: true, backend })
+        Self(BrokerEnv { times: Times::default(), wait_ready: true, backend })
     }
 
     async fn finish(self) {
@@ -191,6 +209,14 @@ impl BrokerEnv {
         }
     }
 
+    /// The file in which the broker keeps what it knows.
+    pub(crate) fn db(&self) -> Db {
+        match &self.backend {
+            Backend::Embedded { db, .. } | Backend::Rabbitmq { db, .. } => db.clone(),
+            Backend::Reopening => panic!("opening it again failed"),
+        }
+    }
+
     /// Where it is on RabbitMQ, when that is a place that many tests share.
     pub(crate) fn virtual_host(&self) -> &VirtualHost {
         match &self.backend {
@@ -213,7 +239,13 @@ impl BrokerEnv {
 
     /// Opens again with another dedup window.
     pub(crate) async fn restart_with_dedup_window(&mut self, window: Duration) {
-        self.dedup_window = window;
+        self.times.dedup_window = window;
+        self.reopen(false).await;
+    }
+
+    /// Opens again with deliveries that are held for so long on RabbitMQ.
+    pub(crate) async fn restart_with_held_for(&mut self, time: Duration) {
+        self.times.held_for = time;
         self.reopen(false).await;
     }
 
@@ -236,7 +268,7 @@ impl BrokerEnv {
                     Place::Node(node) if killed => node.wait_until_up().await,
                     _ => copy_files(directory.path(), copy.path()),
                 }
-                open_rabbitmq(place, kind, copy, self.dedup_window).await
+                open_rabbitmq(place, kind, copy, self.times).await
             }
             Backend::Embedded { directory, db, broker } => {
                 // A copy in both cases: what a test still holds of the old broker holds the old file as well.
@@ -249,7 +281,7 @@ impl BrokerEnv {
                 if !killed {
                     copy_files(directory.path(), copy.path());
                 }
-                open_embedded(copy, self.dedup_window).await
+                open_embedded(copy, self.times).await
             }
         };
         if self.wait_ready {

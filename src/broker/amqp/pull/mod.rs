@@ -92,6 +92,8 @@ struct Inner {
     looks_at: Instant,
     /// Whether the task runs.
     is_running: bool,
+    /// RabbitMQ ended the subscription although the channel is there: the queue may be gone.
+    was_cancelled: bool,
 }
 
 impl Inner {
@@ -135,7 +137,7 @@ fn number_of(receipt: &Receipt, nonce: u64) -> Option<u64> {
 impl Puller {
     pub(super) fn new(shared: Arc<Shared>, client: &Arc<Client>) -> Arc<Self> {
         let inner = Inner {
-            store: Store::new(Arc::clone(&shared.leased_bytes)),
+            store: Store::new(Arc::clone(&shared.leased_bytes), shared.options.held_for, shared.options.look_every()),
             phase: Phase::Idle,
             is_partial: false,
             pulls: 0,
@@ -144,6 +146,7 @@ impl Puller {
             last_taken: (0, Instant::now()),
             looks_at: Instant::now(),
             is_running: false,
+            was_cancelled: false,
         };
         Arc::new(Self {
             shared,
@@ -308,7 +311,7 @@ impl Puller {
     fn take_in(&self, inner: &mut Inner, context: Option<&mut Context<'_>>) -> bool {
         let waker = context.map_or_else(|| Arc::clone(&self.changed).into(), |context| context.waker().clone());
         let mut context = Context::from_waker(&waker);
-        let Inner { store, phase, is_partial, .. } = inner;
+        let Inner { store, phase, is_partial, was_cancelled, .. } = inner;
         let mut has_changed = false;
         while let Phase::Subscribed(subscription) = phase {
             match subscription.consumer.poll_next_unpin(&mut context) {
@@ -323,6 +326,7 @@ impl Puller {
                 }
                 Poll::Pending if subscription.channel.is_alive() => break,
                 Poll::Ready(Some(Err(_)) | None) | Poll::Pending => {
+                    *was_cancelled |= subscription.channel.is_alive();
                     *phase = Phase::Idle;
                     self.shared.returned.note(&self.name, 0);
                     store.drop_dead();

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::super::channel::IntakeChannel;
-use super::super::held::{HELD_FOR_MAX, Held};
+use super::super::held::Held;
 use crate::broker::{Payload, PullMode};
 use crate::envelope::SharedMessage;
 
@@ -16,12 +16,6 @@ const LEASED_BYTES_MAX: usize = 64 << 20;
 /// The same once all clients together have leased this much.
 const LEASED_BYTES_SHARED: usize = 256 << 20;
 const LEASED_BYTES_MAX_THEN: usize = 1 << 20;
-
-/// How often it is looked whether one that is leased for long must be given back and taken again.
-pub(super) const RENEW_EVERY: Duration = Duration::from_secs(60);
-
-/// How long a renewed one may take to come again before its lease is given up, at the next look.
-const RENEW_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long a message is taken to be before the first one was seen, in bytes: long, so that a first batch cannot be
 /// too much.
@@ -79,14 +73,17 @@ pub(super) struct Store {
     leased_by_all: Arc<AtomicUsize>,
     /// Leases that wait for their message to come again, by what it is recognised by.
     renewing: HashMap<u64, u64>,
-    /// When it is next looked for those that have to.
+    /// How long a delivery is held, and how often it is looked for one that is held for longer; one that was given back may
+    /// take half of that to come again, or its lease is given up at the next look.
+    held_for: Duration,
+    look_every: Duration,
     next_renewal: Instant,
     /// Channels that something here came on.
     channels: Vec<Arc<IntakeChannel>>,
 }
 
 impl Store {
-    pub(super) fn new(leased_by_all: Arc<AtomicUsize>) -> Self {
+    pub(super) fn new(leased_by_all: Arc<AtomicUsize>, held_for: Duration, look_every: Duration) -> Self {
         Self {
             buffer: VecDeque::new(),
             leases: HashMap::new(),
@@ -97,7 +94,9 @@ impl Store {
             outstanding: 0,
             leased_by_all,
             renewing: HashMap::new(),
-            next_renewal: Instant::now() + RENEW_EVERY,
+            held_for,
+            look_every,
+            next_renewal: Instant::now() + look_every,
             channels: Vec::new(),
         }
     }
@@ -275,8 +274,9 @@ impl Store {
         if now < self.next_renewal {
             return;
         }
-        self.next_renewal = now + RENEW_EVERY;
-        let is_old = |waiting: &Waiting| now.duration_since(waiting.held.since) > HELD_FOR_MAX;
+        self.next_renewal = now + self.look_every;
+        let held_for = self.held_for;
+        let is_old = |waiting: &Waiting| now.duration_since(waiting.held.since) > held_for;
         while self.buffer.front().is_some_and(is_old) {
             let Some(waiting) = self.pop() else { break };
             give_back(&waiting.held);
@@ -287,8 +287,11 @@ impl Store {
             match lease.renewed {
                 Some(expected) if expected <= now => lost.push(*number),
                 None if is_old(&lease.waiting) => {
+                    // In case that somebody else is handed it.
+                    lease.waiting.held.before += 1;
                     give_back(&lease.waiting.held);
-                    lease.renewed = Some(now + RENEW_WITHIN);
+                    lease.waiting.held.before -= 1;
+                    lease.renewed = Some(now + self.look_every / 2);
                     self.renewing.insert(lease.waiting.held.key, *number);
                     if lease.waiting.generation == self.generation {
                         self.outstanding = self.outstanding.saturating_sub(1);
@@ -302,9 +305,9 @@ impl Store {
         }
     }
 
-    /// Whether a lease waits for its message to come again.
-    pub(super) fn is_renewing(&self) -> bool {
-        !self.renewing.is_empty()
+    /// Leases that wait for their message to come again.
+    pub(super) fn renewing(&self) -> usize {
+        self.renewing.len()
     }
 
     /// When something here is due, the oldest lease's renewal included.

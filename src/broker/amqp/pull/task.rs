@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::state::RENEW_EVERY;
 use super::{Inner, Phase, Puller};
 use crate::broker::amqp::held::Held;
 
@@ -20,6 +19,9 @@ const PREFETCH_MAX: usize = 1000;
 
 /// Bytes that a buffer should hold at most: bounds the prefetch by how long the messages are.
 const BUFFER_BYTES: usize = 16 << 20;
+
+/// Messages that may be taken in to come to those that leases wait for: then they are given up.
+const RENEWED_BEHIND_MAX: usize = 4 * PREFETCH_MAX;
 
 /// Time before a failed subscription is tried again.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
@@ -40,8 +42,13 @@ pub(super) async fn run(puller: Arc<Puller>) {
         let until = match puller.step(retry_at) {
             Next::Stop => return,
             Next::Subscribe(prefetch) => {
+                if std::mem::take(&mut puller.inner.lock().was_cancelled) {
+                    // To subscribe to a queue that is not there would close the channel under all its consumers.
+                    log::warn!("RabbitMQ ended the consumer of {}; the queue is declared again", puller.name);
+                    puller.shared.repair(puller.client.upgrade().as_deref()).await;
+                }
                 let intake = puller.shared.intake(&puller.queue);
-                let most = largest_prefetch(&puller.inner.lock());
+                let most = largest_prefetch(&puller.inner.lock()).max(prefetch);
                 match intake.subscribe(&puller.name, prefetch, most).await {
                     Some(pending) => puller.inner.lock().phase = Phase::Subscribing(pending),
                     None => return puller.inner.lock().is_running = false,
@@ -124,11 +131,17 @@ impl Puller {
             // RabbitMQ counts them as outstanding on the channel although their queue is gone.
             inner.store.end_all_leases().iter().for_each(|held| self.shared.give_back(held));
         }
-        let is_wanted = !ended && (inner.pulls > 0 || inner.store.is_renewing());
+        let renewing = inner.store.renewing();
+        let is_wanted = !ended && (inner.pulls > 0 || renewing > 0);
         let lingers_until = inner.lingers_until();
         let is_left = !is_wanted && (ended || now >= lingers_until);
-        let prefetch = prefetch(&inner);
+        let prefetch = self.prefetch_with(&inner, renewing);
         let is_short = match &inner.phase {
+            // Leases wait for messages that are behind what it has brought.
+            Phase::Subscribed(subscription) if renewing > 0 => {
+                inner.store.waiting() < RENEWED_BEHIND_MAX
+                    && inner.store.outstanding() >= usize::from(subscription.prefetch)
+            }
             // Too few for a pull, and RabbitMQ gives no more on this one: because leases take up its prefetch, or
             // because it was meant for smaller pulls. While it is not full it brings whatever there is; and to end it
             // then would cost the order, as RabbitMQ gives back by itself, in front of all, what is on its way.
@@ -155,7 +168,7 @@ impl Puller {
             inner.is_running = false;
             return Next::Stop;
         }
-        let mut until = now + RENEW_EVERY;
+        let mut until = now + self.shared.options.look_every();
         if let Some(deadline) = inner.store.next_deadline() {
             until = until.min(Instant::from_std(deadline));
         }
@@ -168,6 +181,17 @@ impl Puller {
         }
         inner.looks_at = until;
         Next::Wait(until)
+    }
+
+    /// The prefetch for the present pulls; for leases that wait for their messages, all of these and what may be in front
+    /// of them.
+    fn prefetch_with(&self, inner: &Inner, renewing: usize) -> u16 {
+        let prefetch = prefetch(inner);
+        if renewing == 0 {
+            return prefetch;
+        }
+        let returned = self.shared.returned.count(&self.name).unwrap_or(0);
+        prefetch.max(u16::try_from(renewing + returned + PREFETCH_MIN).unwrap_or(u16::MAX))
     }
 
     /// Ends the subscription. The buffer, and what it was handed and nobody looked at, goes back.
