@@ -4,7 +4,6 @@
 //! in advance; they wait in a buffer here. When the session breaks, or the queue is deleted under it, the consumer
 //! subscribes again by itself; it ends only with its client or with the broker.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::task::Poll;
@@ -18,6 +17,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 use super::Shared;
 use super::channel::IntakeChannel;
 use super::clients::Client;
+use super::hand::{Order, Renewing, State};
 use super::held::Held;
 use super::intake::{Left, Subscription};
 use super::link::wait_up;
@@ -62,103 +62,6 @@ pub(super) struct ConsumerCore {
     /// Batches are published in the order in which they were settled.
     pub(super) turn: Arc<Semaphore>,
     me: std::sync::Weak<Self>,
-}
-
-#[derive(Default)]
-struct State {
-    subscription: Option<Subscription>,
-    /// What the subscription before had on its way.
-    rest: Option<Rest>,
-    /// RabbitMQ may have handed over what cannot be seen here yet: to a subscription that has just begun, or by one that
-    /// is being made anew. Since then.
-    in_transit: Option<Instant>,
-    /// Whether it may keep what comes back: until it is paused or dropped.
-    is_open: bool,
-    /// Handed to this process, not to anybody in it, in the order in which it came.
-    buffer: VecDeque<Held>,
-    /// Handed out and not settled.
-    unsettled: HashMap<u64, Held>,
-    /// The same, but given back to be taken again; by what they are recognised by.
-    renewing: HashMap<u64, Renewing>,
-    /// The places of those that are being moved on (settled, and not acknowledged yet), and since when they are in the
-    /// queue, in seconds since the epoch.
-    moving: BTreeMap<u64, u64>,
-    /// The place of the first that the present subscription has brought.
-    first_place: u64,
-    next_place: u64,
-    next_tag: u64,
-    order: Order,
-    /// Something of an earlier order may still be on its way, or come back.
-    is_stale: bool,
-    /// RabbitMQ ended the subscription although the channel is there: the queue may be gone.
-    was_cancelled: bool,
-}
-
-/// A delivery that is handed out still, and comes again to be acknowledged.
-struct Renewing {
-    tag: u64,
-    /// How often it was handed out before.
-    before: u32,
-    /// Whether it was settled for good meanwhile.
-    is_complete: bool,
-    /// When somebody else has got it.
-    until: Instant,
-}
-
-/// What keeps later deliveries from being forwarded before an earlier one that could not be.
-#[derive(Clone, Default)]
-pub(super) struct Order {
-    /// Set once such a one is on its way back.
-    pub(super) broken: Broken,
-    /// The first tag that is handed out after it.
-    from: u64,
-}
-
-impl Order {
-    /// Whether the delivery was handed out since the last one came back that could not be forwarded.
-    pub(super) fn covers(&self, tag: u64) -> bool {
-        tag >= self.from
-    }
-}
-
-impl State {
-    /// What RabbitMQ has handed out and waits for.
-    fn outstanding(&self) -> usize {
-        self.buffer.len() + self.unsettled.len() + self.moving.len()
-    }
-
-    /// The same of the present subscription: what counts against its prefetch.
-    fn outstanding_here(&self) -> usize {
-        let is_here = |held: &&Held| held.place >= self.first_place;
-        let waiting = self.buffer.iter().chain(self.unsettled.values()).filter(is_here).count();
-        waiting + self.moving.range(self.first_place..).count()
-    }
-
-    /// A delivery has come. Returns one that was settled meanwhile.
-    fn arrive(&mut self, held: Held) -> Option<Held> {
-        let held = Held { place: self.next_place, ..held };
-        self.next_place += 1;
-        match self.renewing.remove(&held.key) {
-            None => self.buffer.push_back(held),
-            Some(renewing) if renewing.is_complete => return Some(held),
-            // Whoever was handed it has it still.
-            Some(Renewing { tag, before, .. }) => drop(self.unsettled.insert(tag, Held { before, ..held })),
-        }
-        None
-    }
-
-    /// Whether something may come back that is in front of whatever would be handed out.
-    fn awaits_stale(&mut self) -> bool {
-        let from = self.order.from;
-        self.is_stale = self.is_stale && (!self.moving.is_empty() || self.unsettled.keys().any(|tag| *tag < from));
-        self.is_stale
-    }
-
-    /// One that was handed out goes back to its place.
-    fn put_back(&mut self, held: Held) {
-        let at = self.buffer.partition_point(|other| other.place < held.place);
-        self.buffer.insert(at, held);
-    }
 }
 
 impl ConsumerCore {

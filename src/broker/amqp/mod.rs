@@ -47,6 +47,7 @@ mod dead;
 mod dedup;
 mod delay;
 mod error;
+mod hand;
 mod harvest;
 mod held;
 mod intake;

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use super::Shared;
 use super::channel::IntakeChannel;
-use super::consumer::{ConsumerCore, Order};
+use super::consumer::ConsumerCore;
 use super::dedup::{Claim, Fact, OwnId};
 use super::delay;
 use super::error::{db_error, unavailable};
+use super::hand::Order;
 use super::held::Held;
 use super::limits;
 use super::topology;
@@ -466,8 +467,7 @@ pub(super) fn admit(shared: &Arc<Shared>, queue: &Queue, held: Held) -> Option<H
         shared.give_back(&held);
         return None;
     };
-    let is_of_another = held.counts.delayed_at_ms > 0 && held.counts.delayed_at_ms < client.since_ms;
-    if held.is_gone || is_of_another {
+    if held.is_gone || client.is_of_another(held.counts) {
         acknowledge(vec![held]);
         return None;
     }

@@ -46,6 +46,16 @@ impl Bench {
         id
     }
 
+    /// Routes so many messages to a client whose inbox takes `max`: the oldest become dead letters.
+    async fn overfill(&self, client: &ClientId, max: u64, count: usize) {
+        let limits = Limits { max_inbox_messages: Some(max), ..Limits::default() };
+        self.broker.declare_client(client, &limits).await.expect("declares again");
+        let batch = (0..count).map(|n| message(client, None, "t", n, 10)).collect();
+        self.broker.publish(&Queue::Outbox(client.clone()), batch).await.expect("publishes");
+        self.forward(Queue::Outbox(client.clone()), Target::Publish, count).await;
+        self.forward(Queue::Publish, Target::Topic, count).await;
+    }
+
     /// Forwards what is in a queue until `count` messages went on.
     async fn forward(&self, queue: Queue, target: Target, count: usize) {
         let mut consumer = self.broker.consume(&queue, 1000).await.expect("consumes");
@@ -308,12 +318,7 @@ async fn delays_and_leases_end_and_counts_survive_a_restart() {
 async fn limits_bury_the_oldest_and_replay_brings_them_back() {
     let bench = Bench::new().await;
     let a = bench.client("a", &["t"]).await;
-    let limits = Limits { max_inbox_messages: Some(3), ..Limits::default() };
-    bench.broker.declare_client(&a, &limits).await.expect("declares again");
-    let batch = (0..10).map(|n| message(&a, None, "t", n, 10)).collect();
-    bench.broker.publish(&Queue::Outbox(a.clone()), batch).await.expect("publishes");
-    bench.forward(Queue::Outbox(a.clone()), Target::Publish, 10).await;
-    bench.forward(Queue::Publish, Target::Topic, 10).await;
+    bench.overfill(&a, 3, 10).await;
     let page = bench.broker.dead_letters(&a, None, 4).await.expect("lists");
     let numbers = |page: &crate::broker::DeadPage| -> Vec<usize> {
         page.dead_letters.iter().map(|dead| number(dead.payload.message().expect("a message"))).collect()
@@ -340,12 +345,7 @@ async fn limits_bury_the_oldest_and_replay_brings_them_back() {
 async fn pages_of_dead_letters_go_by_position_whatever_ids_they_came_with() {
     let bench = Bench::new().await;
     let a = bench.client("a", &["t"]).await;
-    let limits = Limits { max_inbox_messages: Some(0), ..Limits::default() };
-    bench.broker.declare_client(&a, &limits).await.expect("declares again");
-    let batch = (0..4).map(|n| message(&a, None, "t", n, 10)).collect();
-    bench.broker.publish(&Queue::Outbox(a.clone()), batch).await.expect("publishes");
-    bench.forward(Queue::Outbox(a.clone()), Target::Publish, 4).await;
-    bench.forward(Queue::Publish, Target::Topic, 4).await;
+    bench.overfill(&a, 0, 4).await;
     let letters = bench.broker.dead_letters(&a, None, 10).await.expect("lists").dead_letters;
     let ids: Vec<String> = letters.into_iter().map(|letter| letter.id).collect();
     assert_eq!(ids.len(), 4);

@@ -26,10 +26,7 @@ pub(super) async fn rate(options: &Options, seconds: f64, interrupt: &Interrupt)
     let run = Run::begin(options, seconds, 1, interrupt);
     let payload = Rc::new(Payload::new("bare.message", options.bytes));
     let (pipeline, entry, exit) = open(options).await?;
-    let mut tasks = Tasks::new(&run);
-    tasks.spawn_sender(produce(Rc::clone(&run), entry, Rc::clone(&payload), options.window()));
-    tasks.spawn(take(Rc::clone(&run), exit, payload.message_bytes(), |_, _| ()));
-    finish(tasks, "through bare queues", options, pipeline.close()).await?;
+    freely(&run, options, entry, exit, payload, pipeline.close()).await?;
     let what = "a bare lapin pipeline of three queues, without a router".to_owned();
     Ok(report_arrived("bare", what, &run, "messages", "-"))
 }
@@ -54,10 +51,7 @@ pub(super) async fn clients_rate(
 ) -> Result<Report, CliError> {
     let (client, entry, exit, payload) = clients(target, options, "amqp").await?;
     let run = Run::begin(options, options.seconds, 1, interrupt);
-    let mut tasks = Tasks::new(&run);
-    tasks.spawn_sender(produce(Rc::clone(&run), entry, Rc::clone(&payload), options.window()));
-    tasks.spawn(take(Rc::clone(&run), exit, payload.message_bytes(), |_, _| ()));
-    finish(tasks, "between AMQP clients", options, client.close()).await?;
+    freely(&run, options, entry, exit, payload, client.close()).await?;
     let what = "published to an outbox and consumed from an inbox by AMQP clients".to_owned();
     Ok(report_arrived("amqp", what, &run, "messages", "-"))
 }
@@ -118,6 +112,21 @@ fn place(options: &Options) -> (&str, QueueType, String) {
         _ => QueueType::Quorum,
     };
     (options.broker.as_deref().unwrap_or_default(), kind, format!("backbone-bench-{:08x}", rand::random::<u32>()))
+}
+
+/// Publishes and takes as fast as it goes, and then closes what is between.
+async fn freely(
+    run: &Rc<Run>,
+    options: &Options,
+    entry: Entry,
+    exit: Exit,
+    payload: Rc<Payload>,
+    close: impl Future<Output = Result<(), BrokerError>>,
+) -> Result<(), CliError> {
+    let mut tasks = Tasks::new(run);
+    tasks.spawn_sender(produce(Rc::clone(run), entry, Rc::clone(&payload), options.window()));
+    tasks.spawn(take(Rc::clone(run), exit, payload.message_bytes(), |_, _| ()));
+    finish(tasks, "through queues", options, close).await
 }
 
 /// Publishes and takes at a steady rate, and then closes what is between.
