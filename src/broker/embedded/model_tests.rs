@@ -296,6 +296,21 @@ async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what} hangs"))
 }
 
+/// Copies the files as they are at one moment, as a kill leaves them. As long as somebody reads, SQLite neither shortens
+/// the write-ahead log nor begins it anew; what is appended to it meanwhile counts or does not, as with a kill.
+async fn copy_at_once(db: &Db, from: &Path, to: &Path) {
+    let (from, to) = (from.to_owned(), to.to_owned());
+    let copy = move |connection: &rusqlite::Connection| {
+        let _reading = connection.unchecked_transaction()?;
+        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
+        for name in ["backbone.db-wal", "backbone.db"] {
+            std::fs::copy(from.join(name), to.join(name)).expect("copies");
+        }
+        Ok(())
+    };
+    db.read(copy).await.expect("reads");
+}
+
 async fn open(directory: &Path) -> (Db, Arc<Embedded>) {
     let db = Db::open(&directory.join("backbone.db")).expect("opens");
     let options = Options { dedup_window: Duration::from_secs(600) };
@@ -870,12 +885,7 @@ impl World {
             tokio::task::yield_now().await;
         }
         let copy = tempfile::tempdir().expect("a directory");
-        for name in ["backbone.db-wal", "backbone.db"] {
-            let from = self.directory.path().join(name);
-            if from.exists() {
-                std::fs::copy(&from, copy.path().join(name)).expect("copies");
-            }
-        }
+        copy_at_once(&self.db, self.directory.path(), copy.path()).await;
         self.kept.clear();
         self.forget_leases(|_| true);
         self.shared().core.lock().is_closed = true;

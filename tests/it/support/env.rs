@@ -104,8 +104,20 @@ impl Backend {
     }
 }
 
-/// Copies what a kill would leave of an open file. The write-ahead log first: what a checkpoint moves meanwhile is then
-/// in both.
+/// Copies the files as they are at one moment, as a kill leaves them. As long as somebody reads, SQLite neither shortens
+/// the write-ahead log nor begins it anew; what is appended to it meanwhile counts or does not, as with a kill.
+async fn copy_at_once(db: &Db, from: &Path, to: &Path) {
+    let (from, to) = (from.to_owned(), to.to_owned());
+    let copied = db.read(move |connection| {
+        let _reading = connection.unchecked_transaction()?;
+        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
+        copy_files(&from, &to);
+        Ok(())
+    });
+    copied.await.expect("reads");
+}
+
+/// Copies the files of a database, the write-ahead log first: what a checkpoint moves meanwhile is then in both.
 fn copy_files(from: &Path, to: &Path) {
     for name in ["backbone.db-wal", "backbone.db"] {
         match std::fs::copy(from.join(name), to.join(name)) {
@@ -258,7 +270,7 @@ impl BrokerEnv {
                 if killed {
                     let Place::Node(node) = &mut place else { panic!("a shared node is not killed") };
                     node.kill();
-                    copy_files(directory.path(), copy.path());
+                    copy_at_once(&db, directory.path(), copy.path()).await;
                     node.spawn();
                 }
                 // After the kill and before RabbitMQ is back, so that what was killed does nothing any more.
@@ -274,7 +286,7 @@ impl BrokerEnv {
                 // A copy in both cases: what a test still holds of the old broker holds the old file as well.
                 let copy = tempfile::tempdir().expect("a temporary directory");
                 if killed {
-                    copy_files(directory.path(), copy.path());
+                    copy_at_once(&db, directory.path(), copy.path()).await;
                 }
                 soon("the broker closes", broker.close()).await;
                 db.close();
