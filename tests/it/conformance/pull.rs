@@ -163,6 +163,15 @@ broker_tests! {
         assert_eq!(came, all);
     }
 
+    async fn a_first_pull_for_all_there_is_gets_it(env: &mut BrokerEnv) {
+        let a = env.client("a", &["x"]).await;
+        // More than is asked of RabbitMQ before it is known how long the messages are.
+        let all = numbers(300);
+        env.route(&a, "x", &all.iter().map(String::as_str).collect::<Vec<_>>()).await;
+        let came = env.pull(&a, 1000, Duration::ZERO, PullMode::Auto).await;
+        assert_eq!(bodies(&came), all);
+    }
+
     async fn a_waiting_pull_answers_when_something_comes(env: &mut BrokerEnv) {
         let a = env.client("a", &["x"]).await;
         let since = Instant::now();

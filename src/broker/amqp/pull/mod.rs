@@ -37,7 +37,7 @@ use crate::broker::{BrokerError, BrokerErrorKind, PullMode, Pulled, Queue, Recei
 use crate::client::ClientId;
 use crate::telemetry::Step;
 
-/// How long a pull that need not wait waits for its consumer to be there.
+/// How long a pull waits for a consumer to be there, also when it need not wait for messages.
 const SUBSCRIBE_WITHIN: Duration = Duration::from_secs(10);
 
 /// For how long a pull believes RabbitMQ that there is more, when nothing comes.
@@ -121,6 +121,41 @@ enum View {
     None,
 }
 
+/// How long a pull waits.
+///
+/// For messages as long as it was told to. For a consumer longer: there is none for a moment in the midst of a pull as
+/// well, when one that may bring more takes the place of the first.
+struct Patience {
+    begun: Instant,
+    wait: Duration,
+    /// Since when there is no consumer.
+    without: Option<Instant>,
+}
+
+impl Patience {
+    fn new(wait: Duration) -> Self {
+        Self { begun: Instant::now(), wait, without: None }
+    }
+
+    /// What a look has shown.
+    fn note(&mut self, view: &View) {
+        self.without = match view {
+            View::None => self.without.or_else(|| Some(Instant::now())),
+            View::Complete | View::Partial(_) => None,
+        };
+    }
+
+    /// When the wait for what is missing ends.
+    fn ends_at(&self) -> Instant {
+        let for_messages = self.begun + self.wait;
+        self.without.map_or(for_messages, |since| for_messages.max(since + SUBSCRIBE_WITHIN))
+    }
+
+    fn is_over(&self) -> bool {
+        Instant::now() >= self.ends_at()
+    }
+}
+
 /// Receipts of this process; counted for all inboxes together, so that one is good for its own only.
 static NEXT_RECEIPT: AtomicU64 = AtomicU64::new(1);
 
@@ -195,9 +230,9 @@ impl Puller {
     ) -> Result<Vec<Pulled>, BrokerError> {
         let action = || format!("pull from queue {}", self.name);
         let _pull = self.enter(max);
-        let begun = Instant::now();
+        let mut patience = Patience::new(wait);
         let mut link = self.shared.link.subscribe();
-        let (mut is_late, mut has_gathered) = (false, false);
+        let mut has_gathered = false;
         loop {
             // Listening begins before anything is looked at, so no change is missed.
             let mut changed = std::pin::pin!(self.changed.0.notified());
@@ -206,7 +241,9 @@ impl Puller {
                 return Err(BrokerError::new(BrokerErrorKind::NotFound, action()));
             }
             link.borrow_and_update().session(&action())?;
-            let until = match self.look(max) {
+            let view = self.look(max);
+            patience.note(&view);
+            let until = match view {
                 View::Complete => {
                     if !has_gathered && self.comes_thick(max) {
                         has_gathered = true;
@@ -217,28 +254,28 @@ impl Puller {
                     if !taken.is_empty() {
                         return self.hand_over(taken, mode, &action()).await;
                     }
-                    if is_late || wait.is_zero() {
+                    if patience.is_over() {
                         return Ok(Vec::new());
                     }
-                    begun + wait
+                    patience.ends_at()
                 }
                 View::Partial(channel) => {
-                    if self.ask(&channel, begun).await {
+                    if self.ask(&channel, patience.begun).await {
                         continue;
                     }
                     Instant::now() + ASK_AGAIN_AFTER
                 }
-                View::None if is_late => return Err(unavailable(action())),
+                View::None if patience.is_over() => return Err(unavailable(action())),
                 View::None => {
                     // It subscribes.
                     self.work.notify_one();
-                    begun + wait.max(SUBSCRIBE_WITHIN)
+                    patience.ends_at()
                 }
             };
             tokio::select! {
                 () = changed => {}
                 _ = link.changed() => {}
-                () = tokio::time::sleep_until(until) => is_late = Instant::now() >= begun + wait,
+                () = tokio::time::sleep_until(until) => {}
             }
         }
     }
@@ -486,5 +523,32 @@ mod tests {
             assert_eq!(number_of(&Receipt(bad.into()), 7), None, "{bad}");
         }
         assert_eq!(number_of(&good, 8), None);
+    }
+
+    #[test]
+    fn a_pull_that_need_not_wait_for_messages_waits_for_a_consumer_that_takes_another_ones_place() {
+        let begun = Instant::now() - Duration::from_secs(1);
+        let mut patience = Patience { begun, wait: Duration::ZERO, without: None };
+        assert!(patience.is_over(), "for messages");
+        patience.note(&View::None);
+        assert!(!patience.is_over() && patience.ends_at() > Instant::now() + SUBSCRIBE_WITHIN / 2);
+        let since = patience.without;
+        patience.note(&View::None);
+        assert_eq!(patience.without, since, "it does not begin again");
+        patience.note(&View::Complete);
+        assert!(patience.is_over(), "for messages, with a consumer");
+        patience.without = begun.checked_sub(SUBSCRIBE_WITHIN);
+        patience.note(&View::None);
+        assert!(patience.is_over(), "without a consumer for too long");
+    }
+
+    #[test]
+    fn a_long_poll_waits_as_long_as_it_was_told_to() {
+        let wait = 2 * SUBSCRIBE_WITHIN;
+        let mut patience = Patience::new(wait);
+        let until = patience.begun + wait;
+        assert_eq!(patience.ends_at(), until);
+        patience.note(&View::None);
+        assert_eq!(patience.ends_at(), until);
     }
 }
