@@ -405,13 +405,11 @@ impl Cluster {
         // The first forms a cluster of its own; the others find it in their configuration, and join it as they start.
         let mut nodes: Vec<Node> = Vec::new();
         for address in addresses {
-            let own = name_at(address);
-            let peer = nodes.first().map_or_else(|| own.clone(), Node::name);
-            let peers = format!(
-                "cluster_formation.peer_discovery_backend = classic_config\n\
-                 cluster_formation.classic_config.nodes.1 = {peer}\n\
-                 cluster_formation.classic_config.nodes.2 = {own}\n"
-            );
+            let first = nodes.first().map(Node::name);
+            let mut peers = "cluster_formation.peer_discovery_backend = classic_config\n".to_owned();
+            for (at, name) in (1..).zip(first.into_iter().chain([name_at(address)])) {
+                peers += &format!("cluster_formation.classic_config.nodes.{at} = {name}\n");
+            }
             let directory = temporary.path().join(address.to_string());
             let mut node = Node::on(Arc::clone(&home), address, &directory, &peers);
             node._temporary = Some(Arc::clone(&temporary));
